@@ -1,0 +1,72 @@
+"""Settings as text: from command line and YAML to frozen dataclasses and back, and the hash that names a configuration.
+
+It knows dataclasses and jsonargparse; never what any option means.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from .errors import ConfigError
+
+T = TypeVar("T")
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def parse(kind: type[T], arguments: Sequence[str], program: str, about: str, extra: Mapping[str, type] = {}) -> Any:
+    """Read `--config FILE` and dotted overrides into a namespace for `kind` (and one group per `extra` dataclass)."""
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog=program, description=about, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML recipe, or builtin:NAME for a packaged one")
+    parser.add_class_arguments(kind, sub_configs=False)
+    for group, dataclass in extra.items():
+        parser.add_class_arguments(dataclass, group)
+    try:
+        namespace = parser.parse_args([_packaged(argument) for argument in arguments])
+    except (ArgumentError, TypeError) as error:
+        raise ConfigError(_one_line(str(error))) from None
+    return parser.instantiate_classes(namespace)
+
+
+def _packaged(argument: str) -> str:
+    """builtin:NAME as the path of a recipe inside the package."""
+    prefix, name = ("--config=", argument.removeprefix("--config="))
+    wrapped = argument.startswith(prefix)
+    if not (wrapped and name.startswith("builtin:")) and not argument.startswith("builtin:"):
+        return argument
+    path = RECIPES / f"{name.removeprefix('builtin:')}.yaml"
+    if not path.exists():
+        return argument  # a value such as --model.path builtin:tiny
+    return f"{prefix}{path}" if wrapped else str(path)
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.replace("tip: ", "").split())
+
+
+def as_dict(settings: Any) -> dict[str, Any]:
+    """Nested plain values (tuples become lists), ready for YAML and JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
+    return plain
+
+
+def to_yaml(settings: Mapping[str, Any]) -> str:
+    """Settings as a recipe that can be run again."""
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=110)
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that name these settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def fail(error: Exception, where: str) -> None:
+    """The one clear line that a user gets instead of a traceback."""
+    print(f"fedmpi: {where}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

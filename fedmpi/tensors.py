@@ -1,0 +1,36 @@
+"""Named tensors: what an adapter is once it has left its model. Pure functions; they know nothing of models, clients or links."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+
+Tensors = dict[str, torch.Tensor]
+
+
+def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Bytes that the tensors' elements take."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def subtract(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> Tensors:
+    """left - right, name by name."""
+    same_names(left, right)
+    return {name: left[name] - right[name] for name in left}
+
+
+def same_names(left: Mapping[str, object], right: Mapping[str, object]) -> None:
+    """Raise a KeyError that lists what is missing and what is surplus."""
+    missing, surplus = sorted(left.keys() - right.keys()), sorted(right.keys() - left.keys())
+    if missing or surplus:
+        raise KeyError(f"tensor names differ: missing {missing[:5]}, surplus {surplus[:5]}")
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes in the order of the names."""
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        state.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
