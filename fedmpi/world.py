@@ -1,7 +1,7 @@
 """Who am I: launcher, rank and store, read from the environment and from nothing else.
 
-Pure: a mapping goes in, a frozen World comes out. It never knows torch, MPI, a socket, a file or the federation's clients,
-and it never writes to the environment (DeepSpeed asserts on launcher variables under mpirun).
+Pure: a mapping goes in, a frozen World comes out. It never knows torch, MPI, a socket, a file or the clients of the
+federation, and it never writes to the environment (DeepSpeed asserts on launcher variables under mpirun).
 
 Who wins when several speak: torchrun and mpirun start their ranks *inside* a Slurm allocation, so beside either of them
 Slurm's variables only describe the machines. torchrun beside mpirun is two claims about one rank: an error, unless
@@ -64,7 +64,7 @@ def mpi_installed() -> bool:
 
 
 def from_environment(environ: Environ, transport: str = "auto", has_mpi: Callable[[], bool] = mpi_installed) -> World:
-    """The world that the launcher's variables describe; a `transport` other than auto overrides or settles a conflict."""
+    """The world that the launcher's variables describe; a `transport` other than auto overrides and settles conflicts."""
     if transport not in TRANSPORTS:
         raise WorldError(f"--transport {transport}: expected one of {', '.join(TRANSPORTS)}")
     world = _read(environ, transport)
@@ -101,7 +101,7 @@ def _torch_variables(environ: Environ) -> list[str]:
 
 
 def _mpi_variables(environ: Environ) -> list[str]:
-    """mpirun's own variables. srun --mpi=pmi2 sets PMI_RANK too, but never Hydra's MPI_LOCALNRANKS: that one is srun."""
+    """mpirun's own variables. srun --mpi=pmi2 sets PMI_RANK too, but never Hydra's MPI_LOCALNRANKS: that is srun."""
     if "OMPI_COMM_WORLD_SIZE" in environ:
         return [name for name in ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE") if name in environ]
     hydra = "MPI_LOCALNRANKS" in environ or "SLURM_STEP_ID" not in environ
@@ -239,7 +239,7 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def hostnames(text: str) -> list[str]:
-    """Slurm's host list: `gpu[08-10,12],login` is gpu08, gpu09, gpu10, gpu12, login (what `scontrol show hostnames` prints)."""
+    """Slurm's host list, as `scontrol show hostnames` prints it: `gpu[08-09,12],login` is gpu08, gpu09, gpu12, login."""
     names: list[str] = []
     for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
         names += _expand(part)
