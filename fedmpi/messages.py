@@ -1,0 +1,294 @@
+"""What goes over a link: a 64-byte header, then raw tensor bytes in checksummed chunks, described by an agreed manifest.
+
+Nothing here is ever pickled, and nothing that came from outside is believed before it was checked: every malformed input is a
+ProtocolError that says what was expected and what was found, raised before memory is set aside for it. This module must never
+know who is at the other end, over what the bytes go, or what the tensors mean.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property
+
+import torch
+import xxhash
+
+from fedmpi.errors import ProtocolError
+from fedmpi.tensors import Tensors
+
+MAGIC = b"FMPI"
+VERSION = 1
+HEADER_BYTES = 64
+FRAME_BYTES = 16
+CHUNK_BYTES = 4 << 20
+MAX_CHUNK_BYTES = 1 << 28  # what Open MPI surely carries in one message, and far above what helps
+MAX_PAYLOAD_BYTES = 1 << 46
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_DIMENSIONS = 8
+
+_HEADER = struct.Struct("<4sHHiiQQII16x")
+_CHECKSUM = struct.Struct("<Q")
+_FRAME = struct.Struct("<IIQ")
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    )
+}
+
+
+class Kind(IntEnum):
+    """What a message is for."""
+
+    HELLO = 1
+    WELCOME = 2
+    ROUND = 3
+    BROADCAST = 4
+    UPDATE = 5
+    FAILURE = 6
+    HEARTBEAT = 7
+    STOP_WANTED = 8
+    BYE = 9
+    ABORT = 10
+
+
+@dataclass(frozen=True)
+class Header:
+    """The fixed-size announcement of a message. `chunk_bytes` is filled in by the link that sends it."""
+
+    kind: Kind
+    round: int = -1
+    client: int = -1
+    length: int = 0
+    manifest: int = 0
+    flags: int = 0
+    chunk_bytes: int = CHUNK_BYTES
+
+    def pack(self) -> bytes:
+        """The 64 bytes that go over the wire."""
+        numbers = (self.round, self.client, self.length, self.manifest, self.flags, self.chunk_bytes)
+        body = _HEADER.pack(MAGIC, VERSION, self.kind, *numbers)
+        return body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body))
+
+    @staticmethod
+    def unpack(data: bytes | bytearray | memoryview) -> "Header":
+        """The header in `data`; a ProtocolError says which part of it is wrong."""
+        if len(data) != HEADER_BYTES:
+            raise ProtocolError(f"a header has {HEADER_BYTES} bytes, found {len(data)}")
+        body = bytes(data[: _HEADER.size])
+        magic, version, kind, *numbers = _HEADER.unpack(body)
+        if magic != MAGIC:
+            raise ProtocolError(f"a header begins with {MAGIC!r}, found {magic!r}: the other side does not speak fedmpi")
+        if version != VERSION:
+            raise ProtocolError(f"expected protocol version {VERSION}, found {version}: install one fedmpi on all ranks")
+        _same_checksum("header", xxhash.xxh3_64_intdigest(body), _CHECKSUM.unpack(data[_HEADER.size :])[0])
+        if kind not in set(Kind):
+            raise ProtocolError(f"expected a message kind in {min(Kind)}..{max(Kind)}, found {kind}")
+        return _plausible(Header(Kind(kind), *numbers))
+
+
+def _plausible(header: Header) -> Header:
+    if not 0 < header.chunk_bytes <= MAX_CHUNK_BYTES:
+        raise ProtocolError(f"expected chunks of 1 to {MAX_CHUNK_BYTES} bytes, the header says {header.chunk_bytes}")
+    if header.length > MAX_PAYLOAD_BYTES:
+        raise ProtocolError(f"expected a payload of at most {MAX_PAYLOAD_BYTES} bytes, the header claims {header.length}")
+    return header
+
+
+def _same_checksum(what: str, expected: int, found: int) -> None:
+    if expected != found:
+        raise ProtocolError(f"checksum of the {what} is {expected:016x}, but {found:016x} was sent: the bytes were damaged")
+
+
+def expect(
+    header: Header,
+    *,
+    peer: int,
+    kind: Kind,
+    round: int,
+    client: int | None = None,
+    manifest: "Manifest | None" = None,
+    length: int | None = None,
+) -> None:
+    """Raise a ProtocolError that names `peer` unless the header says what was agreed; None leaves a part unchecked."""
+    wanted = {"kind": kind.name, "round": round, "client": client, "length": length}
+    found = {"kind": header.kind.name, "round": header.round, "client": header.client, "length": header.length}
+    for part, value in wanted.items():
+        if value is not None and found[part] != value:
+            raise ProtocolError(f"rank {peer} sent {part} {found[part]}, expected {value} ({header.kind.name} message)")
+    if manifest is not None and header.manifest != manifest.hash:
+        raise ProtocolError(
+            f"rank {peer} sent tensors of manifest {header.manifest:016x}, expected {manifest.hash:016x}: "
+            "names, shapes or dtypes differ, so model or PEFT settings do"
+        )
+
+
+def chunks(num_bytes: int, chunk_bytes: int) -> Iterator[slice]:
+    """The slices that a payload of `num_bytes` is sent in."""
+    return (slice(start, min(start + chunk_bytes, num_bytes)) for start in range(0, num_bytes, chunk_bytes))
+
+
+def frame(chunk: memoryview, index: int) -> bytes:
+    """The 16 bytes that go before a chunk."""
+    return _FRAME.pack(len(chunk), index, xxhash.xxh3_64_intdigest(chunk))
+
+
+def check_frame(data: bytes | bytearray | memoryview, chunk: memoryview, index: int) -> None:
+    """Raise a ProtocolError unless `chunk` is what its frame announced."""
+    length, number, checksum = _FRAME.unpack(data)
+    if (length, number) != (len(chunk), index):
+        raise ProtocolError(f"expected chunk {index} with {len(chunk)} bytes, its frame says chunk {number} with {length}")
+    _same_checksum(f"chunk {index}", xxhash.xxh3_64_intdigest(chunk), checksum)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One tensor: its name, shape and element type."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the elements take."""
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are weighted and encoded together."""
+
+    name: str
+    tensors: tuple[Spec, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All tensors of a message. Both sides derive from it where each one lies in the buffer, so it is agreed on once, by hash."""
+
+    groups: tuple[Group, ...] = field(default=())
+
+    @cached_property
+    def hash(self) -> int:
+        """64 bits that differ when any name, shape, dtype or group does."""
+        return xxhash.xxh3_64_intdigest(self.to_json())
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Length of the packed buffer: exactly the elements, no padding."""
+        return sum(spec.num_bytes for group in self.groups for spec in group.tensors)
+
+    @cached_property
+    def places(self) -> tuple[tuple[Spec, slice], ...]:
+        """Each tensor and its bytes. Wide elements come first, so that each begins on a multiple of its element size."""
+        specs = [spec for group in self.groups for spec in group.tensors]
+        specs.sort(key=lambda spec: -_DTYPES[spec.dtype].itemsize)  # a stable sort: within a width, the manifest's order
+        ends = [0]
+        for spec in specs:
+            ends.append(ends[-1] + spec.num_bytes)
+        return tuple((spec, slice(start, end)) for spec, start, end in zip(specs, ends, ends[1:], strict=False))
+
+    def to_json(self) -> bytes:
+        """Canonical JSON: equal manifests give equal bytes."""
+        tree = [[group.name, [[s.name, list(s.shape), s.dtype] for s in group.tensors]] for group in self.groups]
+        return json.dumps(tree, separators=(",", ":")).encode()
+
+    @staticmethod
+    def from_json(data: bytes | str) -> "Manifest":
+        """The manifest in `data`, every part of it checked."""
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise ProtocolError(f"a manifest has at most {MAX_MANIFEST_BYTES} bytes, found {len(data)}")
+        try:
+            tree = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(f"expected a manifest in JSON, found {str(data[:40])}: {error}") from None
+        return _checked(Manifest(tuple(_group(item) for item in _list(tree, "the whole"))))
+
+
+def _list(value: object, what: str, length: int | None = None) -> list[object]:
+    if not isinstance(value, list) or (length is not None and len(value) != length):
+        of = "" if length is None else f" of {length}"
+        raise ProtocolError(f"manifest: expected a list{of} for {what}, found {str(value)[:60]!r}")
+    return value
+
+
+def _name(value: object, what: str) -> str:
+    if not isinstance(value, str):
+        raise ProtocolError(f"manifest: expected a string for the name of {what}, found {str(value)[:60]!r}")
+    return value
+
+
+def _group(item: object) -> Group:
+    name, tensors = _list(item, "a group", 2)
+    return Group(_name(name, "a group"), tuple(_spec(tensor) for tensor in _list(tensors, "the tensors of a group")))
+
+
+def _spec(item: object) -> Spec:
+    given, shape, dtype = _list(item, "a tensor", 3)
+    name = _name(given, "a tensor")
+    sizes = [size for size in _list(shape, f"the shape of {name[:60]!r}") if type(size) is int and size >= 0]
+    if sizes != shape or len(sizes) > MAX_DIMENSIONS:
+        raise ProtocolError(f"manifest: expected up to {MAX_DIMENSIONS} sizes for {name[:60]!r}, found {str(shape)[:60]}")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ProtocolError(f"manifest: expected a dtype of {', '.join(_DTYPES)} for {name[:60]!r}, found {dtype!r}")
+    return Spec(name, tuple(sizes), dtype)
+
+
+def _checked(manifest: Manifest) -> Manifest:
+    """Names must be unique over all groups, since tensors are found by name, and the whole must be of a possible size."""
+    names = [spec.name for group in manifest.groups for spec in group.tensors]
+    for what, given in (("tensor", names), ("group", [group.name for group in manifest.groups])):
+        if len(set(given)) != len(given):
+            twice = next(name for index, name in enumerate(given) if name in given[:index])
+            raise ProtocolError(f"manifest: expected each {what} name once, found {twice!r} twice")
+    if manifest.num_bytes > MAX_PAYLOAD_BYTES:
+        raise ProtocolError(f"manifest: expected at most {MAX_PAYLOAD_BYTES} bytes, its shapes make {manifest.num_bytes}")
+    return manifest
+
+
+def manifest_of(tensors: Mapping[str, torch.Tensor], group: str = "adapter") -> Manifest:
+    """The manifest of named tensors, in one group, in the order of their names."""
+    specs = [Spec(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in sorted(tensors.items())]
+    for spec in specs:
+        if spec.dtype not in _DTYPES:
+            raise ProtocolError(f"{spec.name!r} is {spec.dtype}; expected one of {', '.join(_DTYPES)}")
+    return _checked(Manifest((Group(group, tuple(specs)),)))
+
+
+def pack(tensors: Mapping[str, torch.Tensor], manifest: Manifest, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Copy all tensors into one uint8 buffer on the CPU (`out`, where given, which must be long enough)."""
+    specs = {spec.name: spec for spec, _ in manifest.places}
+    if tensors.keys() != specs.keys():
+        odd = sorted(tensors.keys() ^ specs.keys())
+        raise ProtocolError(f"expected the manifest's {len(specs)} tensors, found {len(tensors)}; differing: {odd[:5]}")
+    buffer = _buffer(out, manifest.num_bytes)
+    views = unpack(buffer, manifest)
+    for name, tensor in tensors.items():
+        if (tensor.shape, tensor.dtype) != (views[name].shape, views[name].dtype):
+            found = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise ProtocolError(f"{name!r}: expected {specs[name].shape} {specs[name].dtype}, found {found}")
+        views[name].copy_(tensor.detach())
+    return buffer
+
+
+def _buffer(out: torch.Tensor | None, num_bytes: int) -> torch.Tensor:
+    if out is None:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    if out.dtype != torch.uint8 or out.dim() != 1 or not out.is_contiguous() or out.numel() < num_bytes:
+        raise ProtocolError(f"expected a flat uint8 buffer of {num_bytes} bytes, found {out.dtype} {tuple(out.shape)}")
+    return out[:num_bytes]
+
+
+def unpack(buffer: torch.Tensor, manifest: Manifest) -> Tensors:
+    """Named views into `buffer`; they live as long as it does."""
+    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() != manifest.num_bytes:
+        found = f"{tuple(buffer.shape)} {buffer.dtype}"
+        raise ProtocolError(f"expected a flat uint8 buffer of {manifest.num_bytes} bytes, found {found}")
+    if buffer.data_ptr() % 8 or buffer.storage_offset() % 8:
+        raise ProtocolError("expected a buffer that begins on a multiple of 8 bytes")
+    return {s.name: buffer[place].view(_DTYPES[s.dtype]).view(s.shape) for s, place in manifest.places}
