@@ -1,0 +1,68 @@
+"""Data: corpora, how their rows are dealt to clients, prompts and batches. It must never know models or rounds."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fedmpi.errors import ConfigError
+from fedmpi.lazy import door
+
+Splitter = Literal["auto", "iid", "meta", "dirichlet", "shards"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which rows, dealt to clients in which way, cut into tokens in which way.
+
+    Args:
+        name: builtin:toy, gsm8k, dolly, or json for files of one's own
+        path: a file, or a folder that is searched for the corpus's known names; plain or .gz
+        fields: names of the fields in the file, as instruction=q,input=c,response=a,category=lang
+        splitter: how rows are dealt; auto = the data set's own (builtin:toy and dolly meta, else iid)
+        alpha: dirichlet: small is uneven, large is even
+        min_rows: dirichlet: no client gets fewer rows
+        balance: dirichlet: a client that has its even share gets no more (Shepherd's unequal volumes)
+        shards: shards: how many a client gets
+        heldout_per_category: hold out so many rows of each category before the split (Shepherd: 10); 0 = the usual way
+        num_rows: train on so many rows only, drawn with the seed (builtin:toy makes that many); default all
+        max_length: tokens of prompt and response together
+        template: the text around an instruction: alpaca
+    """
+
+    name: str = "builtin:toy"
+    path: str | None = None
+    fields: dict[str, str] | str = field(default_factory=dict)
+    splitter: Splitter = "auto"
+    alpha: float = 0.5
+    min_rows: int = 1
+    balance: bool = False
+    shards: int = 2
+    heldout_per_category: int = 0
+    num_rows: int | None = None
+    max_length: int = 512
+    template: str = "alpaca"
+
+    def __post_init__(self) -> None:
+        """Refuse what no corpus could make sense of."""
+        at_least = {"min_rows": 1, "shards": 1, "heldout_per_category": 0, "num_rows": 1, "max_length": 32}
+        for key, least in at_least.items():
+            found = getattr(self, key)
+            if found is not None and found < least:
+                raise ConfigError(f"data.{key} is {found}: it must be at least {least}")
+        if not 0 < self.alpha < float("inf"):
+            raise ConfigError(
+                f"data.alpha is {self.alpha}: it must be a positive number (small is uneven, large is even)"
+            )
+
+
+__getattr__ = door(
+    __name__,
+    {
+        **dict.fromkeys(("Row", "Corpus", "Declaration", "CORPORA", "load"), "corpora"),
+        **dict.fromkeys(("ClientData", "Federated", "federate"), "clients"),
+        **dict.fromkeys(("split", "follow"), "splitters"),
+        **dict.fromkeys(
+            ("TEMPLATES", "render", "template_hash", "encode_prompts", "tokenize", "Example", "Counts"), "prompts"
+        ),
+        **dict.fromkeys(("Batch", "batches", "collate"), "batching"),
+    },
+)

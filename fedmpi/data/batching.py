@@ -1,0 +1,56 @@
+"""Batches: examples in a seeded order, padded to the longest of each. It must never know where examples come from."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import numpy
+import torch
+
+from fedmpi.data.prompts import IGNORED, Example, num_supervised
+from fedmpi.errors import DataError
+from fedmpi.seeding import seed_for
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded tensors (examples, longest). The mask comes from lengths: a pad id may also be a real token."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    ids: tuple[str, ...]
+    num_supervised: int  # labels that count after the causal shift
+    num_tokens: int  # without padding
+
+
+def batches(examples: Sequence[Example], batch_size: int, seed: int, pad_id: int) -> Iterator[Batch]:
+    """An endless stream: each epoch is a permutation of its own drawn from the seed; its last short batch is kept."""
+    if not examples:
+        raise DataError("there is no example to train on: every row was dropped, or there were none")
+    return _stream(examples, batch_size, seed, pad_id)
+
+
+def _stream(examples: Sequence[Example], batch_size: int, seed: int, pad_id: int) -> Iterator[Batch]:
+    for epoch in count():
+        order = numpy.random.default_rng(seed_for(seed, "epoch", epoch)).permutation(len(examples)).tolist()
+        for start in range(0, len(order), batch_size):
+            yield collate([examples[i] for i in order[start : start + batch_size]], pad_id)
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """One batch of these examples, in this order."""
+    lengths = [len(example.input_ids) for example in examples]
+    longest = max(lengths)
+    return Batch(
+        input_ids=_pad([example.input_ids for example in examples], longest, pad_id),
+        attention_mask=_pad([[1] * length for length in lengths], longest, 0),
+        labels=_pad([example.labels for example in examples], longest, IGNORED),
+        ids=tuple(example.id for example in examples),
+        num_supervised=sum(num_supervised(example.labels) for example in examples),
+        num_tokens=sum(lengths),
+    )
+
+
+def _pad(rows: Sequence[list[int]], longest: int, filler: int) -> torch.Tensor:
+    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], dtype=torch.int64)

@@ -1,0 +1,57 @@
+"""Models: the frozen backbone and the adapter on it. It must never know clients, rounds or where data come from."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedmpi.errors import ConfigError
+from fedmpi.lazy import door
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which backbone, in which number format.
+
+    Args:
+        path: a folder, a hub id, or builtin:tiny
+        dtype: auto = float32 on CPU, bfloat16 on GPU
+    """
+
+    path: str = "builtin:tiny"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What is trained on the frozen backbone.
+
+    Args:
+        method: lora
+        rank: columns of A and rows of B
+        alpha: the adapter is scaled by alpha / rank
+        dropout: on the adapter's input, in training
+        init: how A begins, uniform or gaussian with deviation 1 / rank; B is zero, so that an adapter begins as nothing
+        target_modules: names of linear modules, or all-linear; default query and value projections, else the fused one
+    """
+
+    method: Literal["lora"] = "lora"
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    init: Literal["default", "gaussian"] = "default"
+    target_modules: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what no model could make sense of."""
+        if self.rank < 1:
+            raise ConfigError(f"peft.rank is {self.rank}: it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"peft.dropout is {self.dropout}: it must be at least 0 and less than 1")
+
+
+__getattr__ = door(
+    __name__,
+    {
+        **dict.fromkeys(("base_of", "public_name", "load_tokenizer", "load_model"), "backbone"),
+        **dict.fromkeys(("add_adapter", "find_targets", "trainable", "load_trainable", "save_adapter"), "adapters"),
+    },
+)

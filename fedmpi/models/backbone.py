@@ -1,0 +1,141 @@
+"""Backbones: a frozen causal language model and its tokenizer, from the package, a folder or the hub; never an adapter.
+
+Nothing here unpickles a file or runs code that came with a model.
+"""
+
+import importlib.resources
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fedmpi.errors import ModelError
+from fedmpi.models import Config
+
+T = TypeVar("T")
+BUILTIN = "builtin:"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, SafetensorError)
+
+
+def base_of(config: Config) -> str:
+    """Where transformers finds the model: an existing local folder, or a hub id."""
+    if config.path.startswith(BUILTIN):
+        return str(_builtin(config.path))
+    path = Path(config.path).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists() or not _may_be_hub_id(config.path):
+        raise ModelError(
+            f"model.path {config.path} is no folder: give one with config.json and *.safetensors, a hub id, or builtin:tiny"
+        )
+    return config.path
+
+
+def public_name(config: Config) -> str:
+    """The model's name as others may read it: never a path of this machine."""
+    if config.path.startswith(BUILTIN) or not Path(base_of(config)).is_dir():
+        return config.path
+    return Path(config.path).expanduser().resolve().name
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer. Without a pad token it pads with EOS: embeddings are never resized."""
+    base = base_of(config)
+    options = {"local_files_only": Path(base).is_dir(), "trust_remote_code": False}
+    tokenizer = _attempt("tokenizer", config, lambda: AutoTokenizer.from_pretrained(base, **options))
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {config.path} has no end-of-sequence token: set eos_token in it, or responses cannot end"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(config: Config, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """The backbone, frozen, in evaluation mode, on the device."""
+    base = base_of(config)
+    local = Path(base).is_dir()
+    if local:
+        _check_folder(Path(base), config.path)
+    transformers.utils.logging.disable_progress_bar()
+    options = {
+        "local_files_only": local,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "dtype": _dtype(config, device),
+    }
+    model, info = _attempt(
+        "model", config, lambda: AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
+    )
+    if missing := sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info.get("mismatched_keys", ())):
+        raise ModelError(
+            f"model.path {config.path} lacks {len(missing)} weights, or their shape differs: {', '.join(missing[:3])}"
+        )
+    model.name_or_path = public_name(config)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def _builtin(path: str) -> Path:
+    names = importlib.resources.files("fedmpi.models")
+    folder = Path(str(names.joinpath(path.removeprefix(BUILTIN))))
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model.path {path} is not in the package: the built-in model is builtin:tiny")
+    return folder
+
+
+def _may_be_hub_id(path: str) -> bool:
+    return not path.startswith(("/", ".", "~")) and path.count("/") <= 1 and not path.endswith("/")
+
+
+def _dtype(config: Config, device: str | torch.device) -> torch.dtype:
+    names = {"auto": torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16}
+    return names.get(config.dtype) or getattr(torch, config.dtype)
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """Say what is wrong with a folder before transformers guesses at it."""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"model.path {name} has no config.json: it is not a model folder") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path {name}: config.json cannot be read: {error}") from None
+    if "auto_map" in settings:
+        raise ModelError(
+            f"model.path {name} brings its own code (auto_map in config.json), which is never run: take another model"
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        found = (
+            f"only pickled weights ({pickled[0]}), which are never opened: convert them"
+            if pickled
+            else "no weights: expected *.safetensors"
+        )
+        raise ModelError(f"model.path {name} has {found}")
+
+
+def _attempt(what: str, config: Config, load: Callable[[], T]) -> T:
+    """Turn the many ways in which loading fails into one line."""
+    try:
+        return load()
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"the {what} of model.path {config.path} cannot be loaded: {type(error).__name__}: {reason}"
+        ) from None
+
+
+def decoder_layers(model: Any) -> Any:
+    """The repeated layers: the longest list of modules of a model."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
+    if not lists:
+        raise ModelError(
+            f"{type(model).__name__} has no list of repeated layers: it is no decoder that this program knows"
+        )
+    return max(lists, key=len)
