@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy
 
-from fedmpi import config, data
+from fedmpi import config
+from fedmpi.data import Config
 from fedmpi.data.clients import Federated, federate
 from fedmpi.errors import FedmpiError
 
@@ -22,7 +23,7 @@ class Show:
 
     clients: int | None = None
     seed: int = 0
-    data: data.Config = field(default_factory=data.Config)
+    data: Config = field(default_factory=Config)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -30,9 +31,8 @@ def main(arguments: Sequence[str]) -> int:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--data.name", *arguments]
     try:
-        settings = Show(
-            **vars(config.parse(Show, arguments, "python -m fedmpi.data [NAME]", "Print a data set's clients."))
-        )
+        given = config.parse(Show, arguments, "python -m fedmpi.data [NAME]", "Print the clients of a data set.")
+        settings = Show(given.clients, given.seed, given.data)
         print(table(federate(settings.data, settings.clients, settings.seed)))
     except FedmpiError as error:
         config.fail(error, "data")
@@ -55,7 +55,7 @@ def _totals(federated: Federated) -> list[str]:
     counts = f"{train.sum()} training rows, {len(federated.heldout)} held out ({record['heldout']})"
     return [
         f"{record['name']}, splitter {record['splitter']}: {len(train)} clients, {counts}",
-        f"training rows of a client: max {train.max()}, min {train.min()}, mean {train.mean():.1f}, std {train.std():.2f}",
+        f"rows to train on: max {train.max()}, min {train.min()}, mean {train.mean():.1f}, std {train.std():.2f}",
     ]
 
 

@@ -88,7 +88,7 @@ def _dirichlet(
             return _sorted([numpy.concatenate([part[client] for part in parts]) for client in range(clients)])
         best = max(best, smallest)
     raise DataError(
-        f"dirichlet: no draw of {DRAWS} gave each of {clients} clients {min_rows} of {len(labels)} rows (best: {best}): "
+        f"dirichlet: no draw of {DRAWS} gave each of {clients} clients {min_rows} of {len(labels)} rows (best {best}): "
         "raise data.alpha, set data.balance, lower data.min_rows, or use fewer clients"
     )
 

@@ -31,7 +31,7 @@ def base_of(config: Config) -> str:
         return str(path)
     if path.exists() or not _may_be_hub_id(config.path):
         raise ModelError(
-            f"model.path {config.path} is no folder: give one with config.json and *.safetensors, a hub id, or builtin:tiny"
+            f"model.path {config.path} is no folder: give a folder with *.safetensors, a hub id, or builtin:tiny"
         )
     return config.path
 
