@@ -1,0 +1,106 @@
+"""Local training: the one optimiser loop, its hooks, its engines, and a client's inner world. This door needs no torch.
+
+It must never know rounds, servers or links: a turn is a model, examples and a seed, and what comes back is a Fit.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from fedmpi.errors import ConfigError
+from fedmpi.lazy import door
+
+if TYPE_CHECKING:
+    from fedmpi.training.hooks import Hook as Hook
+    from fedmpi.training.hooks import Step as Step
+    from fedmpi.training.hooks import load_hooks as load_hooks
+    from fedmpi.training.inner import Host as Host
+    from fedmpi.training.inner import InnerWorld as InnerWorld
+    from fedmpi.training.inner import host as host
+    from fedmpi.training.inner import join as join
+    from fedmpi.training.loop import Fit as Fit
+    from fedmpi.training.loop import fit as fit
+    from fedmpi.training.optim import OptimState as OptimState
+
+Optimizer = Literal["adamw", "adam", "sgd"]
+Schedule = Literal["constant", "cosine", "linear"]
+Precision = Literal["fp32", "bf16"]
+EngineName = Literal["plain", "ddp"]
+StateBetweenTurns = Literal["fresh", "keep"]
+_CHOICES: Mapping[str, object] = {
+    "optimizer": Optimizer,
+    "schedule": Schedule,
+    "precision": Precision,
+    "engine": EngineName,
+    "optimizer_state": StateBetweenTurns,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a client trains in its turn.
+
+    Args:
+        steps: optimiser steps of a turn; not read where epochs is given.
+        epochs: passes over the client's examples, ceil(examples / batch_size) micro-batches each.
+        batch_size: samples of a micro-batch, on each rank of a clustered client.
+        lr: peak learning rate.
+        optimizer: adamw, adam or sgd (without momentum).
+        betas: of adamw and adam.
+        weight_decay: of the optimiser.
+        schedule: constant, cosine or linear, over the steps of one turn.
+        warmup_steps: steps over which the rate rises to lr, at the start of every turn.
+        clip_norm: largest norm of the gradient; 0 or null is off.
+        accumulation: micro-batches of a step; the loss is divided once, by all their supervised tokens.
+        precision: fp32, or bf16 for autocast; trained weights stay as they are.
+        engine: plain, or ddp among the ranks of a clustered client.
+        optimizer_state: fresh in every turn, or keep, as state that the client owns.
+        hooks: dotted names of hook classes, called in this order.
+    """
+
+    steps: int = 10
+    epochs: int | None = None
+    batch_size: int = 8
+    lr: float = 1e-3
+    optimizer: Optimizer = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    schedule: Schedule = "constant"
+    warmup_steps: int = 0
+    clip_norm: float | None = 1.0
+    accumulation: int = 1
+    precision: Precision = "fp32"
+    engine: EngineName = "plain"
+    optimizer_state: StateBetweenTurns = "fresh"
+    hooks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained with, naming the key."""
+        for key in ("steps", "batch_size", "accumulation", *(() if self.epochs is None else ("epochs",))):
+            _expect(self, key, lambda value: value >= 1, "at least 1")
+        _expect(self, "lr", lambda value: 0 < value < float("inf"), "a finite number above 0")
+        _expect(self, "betas", lambda pair: all(0 <= beta < 1 for beta in pair), "two numbers from 0 to below 1")
+        for key in ("weight_decay", "warmup_steps"):
+            _expect(self, key, lambda value: 0 <= value < float("inf"), "0 or more")
+        if self.clip_norm is not None:
+            _expect(self, "clip_norm", lambda value: value >= 0, "above 0, or 0 or null for no clipping")
+        for key, choice in _CHOICES.items():
+            names = get_args(choice)
+            _expect(self, key, names.__contains__, f"one of {', '.join(names)}")
+
+
+def _expect(config: Config, key: str, allowed: Callable[..., bool], words: str) -> None:
+    value = getattr(config, key)
+    if not allowed(value):
+        raise ConfigError(f"train.{key} is {value!r}; allowed is {words}")
+
+
+__getattr__ = door(
+    __name__,
+    {
+        **dict.fromkeys(("fit", "Fit"), "loop"),
+        **dict.fromkeys(("Hook", "Step", "load_hooks"), "hooks"),
+        **dict.fromkeys(("InnerWorld", "Host", "host", "join"), "inner"),
+        "OptimState": "optim",
+    },
+)

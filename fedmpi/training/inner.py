@@ -1,0 +1,151 @@
+"""A client's inner world: inside a client of several ranks, the default process group of torch is the client.
+
+So DDP, FSDP and DeepSpeed work as they are, and no collective of one client waits for another. The leader hosts the
+client's store; the federation carries its address to the members. It must never know who else is in the federation, and
+it never reads or writes a launcher's variables.
+"""
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import distributed as dist
+
+from fedmpi.errors import PeerLost, WorldError
+from fedmpi.messages import Manifest, manifest_of, pack, unpack
+from fedmpi.tensors import Tensors
+
+
+class Host:
+    """The leader's side of a client's store. It lives as long as the leader keeps it, through every generation."""
+
+    def __init__(self, towards: str | None = None) -> None:
+        """Listen on a free port; `towards` is "host:port" of something that every member can reach."""
+        self._store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+        self.address = f"{_own_address(towards)}:{self._store.port}"
+
+
+def host(towards: str | None = None) -> Host:
+    """Host the store of a new inner world; send `.address` to the members and keep the value while the world lives."""
+    return Host(towards)
+
+
+@dataclass
+class InnerWorld:
+    """This rank's place in its client; while it is joined, torch's default process group is the client."""
+
+    address: str
+    rank: int
+    size: int
+    role: str
+    restart: int
+    generation: int
+    timeout_s: float
+    device: str
+
+    def rebuild(self, generation: int) -> None:
+        """Leave what is broken and meet the other members again; all of them must ask for the same, new generation."""
+        self.leave()
+        self.generation = generation
+        _connect(self)
+
+    def leave(self) -> None:
+        """Let go of the process group; a member that waits in a collective sees it at once."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def share(self, tensors: Mapping[str, torch.Tensor] | None) -> Tensors:
+        """The leader's tensors on every member: CPU, same names, shapes, dtypes and bytes. Members give None."""
+        manifest = manifest_of(tensors, group="inner") if tensors is not None else None
+        text = self.share_bytes(manifest.to_json() if manifest is not None else None)
+        agreed = manifest or Manifest.from_json(text)
+        buffer = pack(tensors, agreed) if tensors is not None else torch.empty(agreed.num_bytes, dtype=torch.uint8)
+        self._broadcast(buffer)
+        return unpack(buffer, agreed)
+
+    def share_bytes(self, data: bytes | None) -> bytes:
+        """The leader's bytes on every member. Members give None."""
+        length = torch.tensor([len(data) if data is not None else 0])
+        self._broadcast(length)
+        buffer = torch.empty(int(length), dtype=torch.uint8)
+        if data:
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self._broadcast(buffer)
+        return buffer.numpy().tobytes()
+
+    def _broadcast(self, buffer: torch.Tensor) -> None:
+        if not buffer.numel():
+            return
+        try:
+            dist.broadcast(buffer, src=0)
+        except RuntimeError as error:
+            raise PeerLost(f"{self}: a broadcast of {buffer.nbytes} bytes failed: {_first_line(error)}") from error
+
+    def __str__(self) -> str:
+        return f"inner world of {self.role}, generation {self.generation}, member {self.rank} of {self.size}"
+
+
+def join(
+    address: str,
+    rank: int,
+    size: int,
+    generation: int,
+    timeout_s: float,
+    *,
+    role: str,
+    restart: int = 0,
+    device: str = "cpu",
+) -> InnerWorld:
+    """Meet the other members at `address` and make torch's default process group the client. Rank 0 is the leader.
+
+    `role` (the client's name), `restart` and `generation` keep the keys of this world apart from those of any other.
+    """
+    if dist.is_initialized():
+        raise WorldError(f"{role}: torch's default process group is taken; it must be free for the client")
+    world = InnerWorld(address, rank, size, role, restart, generation, timeout_s, device)
+    _connect(world)
+    return world
+
+
+def _connect(world: InnerWorld) -> None:
+    name, _, port = world.address.rpartition(":")
+    timeout = timedelta(seconds=world.timeout_s)
+    prefix = f"inner/{world.role}/restart{world.restart}/generation{world.generation}"
+    try:
+        # A client of its own for each generation: one that still waits for a key of the last would hold its lock.
+        store = dist.TCPStore(name, int(port), is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+        dist.init_process_group(
+            backend="gloo" if world.device == "cpu" else "cpu:gloo,cuda:nccl",
+            store=dist.PrefixStore(prefix, store),  # type: ignore[attr-defined]
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+        )
+    except RuntimeError as error:
+        where = f"could not meet the others at {world.address} within {world.timeout_s} s"
+        raise WorldError(f"{world} {where}: {_first_line(error)}") from error
+
+
+def _own_address(towards: str | None) -> str:
+    """This machine as seen from `towards` (nothing is sent), else what its own name resolves to."""
+    if towards is None:
+        return _resolved(socket.gethostname())
+    peer, _, port = towards.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, int(port)))
+        own = str(probe.getsockname()[0])
+    # Where the peer is this machine, members on other machines need the name that it has outside.
+    return _resolved(socket.gethostname()) if own.startswith("127.") else own
+
+
+def _resolved(name: str) -> str:
+    try:
+        return socket.gethostbyname(name)
+    except OSError:
+        return "127.0.0.1"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
