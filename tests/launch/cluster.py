@@ -1,10 +1,10 @@
-"""A real Slurm of several virtual nodes for the tests: own munged, slurmctld and slurmds, own configuration, own state folder.
+"""A real Slurm of several virtual nodes for the tests: own munged, slurmctld and slurmds, own configuration and state.
 
-Every daemon runs in the foreground as a child of the test process, so that it is stopped by the process id we hold, and asks
-the kernel to be stopped when the test process dies. Nothing below /etc is read or written.
+Every daemon runs in the foreground as a child of the test process, so that it is stopped by the process id we hold, and
+asks the kernel to be stopped when the test process dies. Nothing below /etc is read or written.
 
-With root, each slurmd lives in a network and host-name namespace of its own: nodes have addresses, names and a /dev/shm as
-separate machines have. Without, all of them listen on the loopback address and `separate_hosts` is False.
+With root, each slurmd lives in a network and host-name namespace of its own: nodes have addresses, names and a /dev/shm
+as separate machines have. Without, all of them listen on the loopback address and `separate_hosts` is False.
 """
 
 import json
@@ -56,8 +56,8 @@ MessageTimeout=30
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 """
-# cred_expire is also how long a requeued job waits before it starts again. TmpFS: srun's pmix plugin keeps a folder there that
-# two nodes must not share. linuxproc and no task plugin: nothing here may need cgroups.
+# cred_expire is also how long a requeued job waits before it starts again. TmpFS: srun's pmix plugin keeps a folder
+# there that two nodes must not share. linuxproc and no task plugin: nothing here may need cgroups.
 
 IN_NAMESPACE = """\
 mount --bind "$1/hosts" /etc/hosts
@@ -228,7 +228,7 @@ def _end_jobs(cluster: Cluster) -> None:
 
 
 def _namespaces(state: Path, names: tuple[str, ...], stack: ExitStack) -> dict[str, list[str]]:
-    """For each node the command prefix that puts a daemon into it, and the head's address; nothing where that is not allowed."""
+    """A command prefix per node that puts a daemon into it, and the head's address; nothing where it is not allowed."""
     tools = ("ip", "nsenter", "unshare", "mount", "hostname")
     if os.geteuid() != 0 or any(shutil.which(tool, path=SYSTEM_PATH) is None for tool in tools):
         return {}
@@ -259,7 +259,7 @@ def _wire_up(state: Path, names: tuple[str, ...], subnet: str, tag: str, stack: 
             f"-n {space} link set lo up",
             f"-n {space} link set eth0 up",
         )
-        # not `ip netns exec`: it mounts a new /sys over the old one, and slurmd then finds no cgroup file system and ends
+        # not `ip netns exec`: it mounts a new /sys over the old, and slurmd then finds no cgroup file system and ends
         enter = ["nsenter", f"--net=/run/netns/{space}", "unshare", "--uts", "--mount", "--propagation", "private"]
         prefixes[name] = [*enter, "sh", "-ec", IN_NAMESPACE, "sh", str(state), name]
     return prefixes

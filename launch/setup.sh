@@ -1,0 +1,51 @@
+# Sourced by the scripts of this folder: where the repository is, which Python to use, and how .venv comes to be.
+# Nothing here needs root. pip's own settings (index, cache, certificates) are honoured because pip reads them itself.
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${VENV:-$repository/.venv}
+python=$venv/bin/python
+cpu_wheels=https://download.pytorch.org/whl/cpu
+
+# setup EXTRAS: an environment with the package and these extras; does nothing when that was done before.
+setup() {
+  local stamp="$venv/.fedmpi-$1" wanted
+  wanted=$(cat "$repository/pyproject.toml" "$repository/constraints.txt" "$repository/launch/setup.sh" | cksum)" $repository"
+  if usable "$python" && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
+  usable "$python" || make_venv "$venv"
+  echo "installing fedmpi[$1] into $venv"
+  have torch || pip_install $(cpu_only_index) torch
+  pip_install --editable "$repository[$1]"
+  echo "$wanted" >"$stamp"
+}
+
+usable() {
+  [ -x "$1" ] || command -v "$1" >/dev/null || return 1
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
+}
+
+make_venv() {
+  local maker
+  for maker in "${PYTHON:-python3}" python3.14 python3.13 python3.12 python3.11 python3.10 none; do
+    usable "$maker" && break
+  done
+  if [ "$maker" = none ]; then
+    echo "no Python >= 3.10 found: install one, or name it with PYTHON=/path/to/python bash $0" >&2
+    exit 1
+  fi
+  # Debian splits ensurepip off: without it, the maker's own pip puts a pip into the environment.
+  "$maker" -m venv --clear "$1" >/dev/null 2>&1 ||
+    { "$maker" -m venv --clear --without-pip "$1" && "$maker" -m pip --python "$1/bin/python" install --quiet pip; } ||
+    { echo "$maker could make no environment in $1: it needs its venv module and pip" >&2; exit 1; }
+}
+
+have() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+
+pip_install() { "$python" -m pip install --quiet --disable-pip-version-check --constraint "$repository/constraints.txt" "$@"; }
+
+# Without an NVIDIA GPU the CUDA build would be gigabytes for nothing: offer pip the CPU builds, if they can be reached.
+cpu_only_index() {
+  if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then return; fi
+  "$python" -c "import urllib.request; urllib.request.urlopen('$cpu_wheels/torch/', timeout=5)" 2>/dev/null &&
+    echo "--extra-index-url $cpu_wheels"
+  return 0
+}
