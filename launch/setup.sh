@@ -40,7 +40,12 @@ make_venv() {
 
 have() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
-pip_install() { "$python" -m pip install --quiet --disable-pip-version-check --constraint "$repository/constraints.txt" "$@"; }
+# The pinned versions have no releases for Python 3.10, which takes the newest that it can have.
+pip_install() {
+  local pins=(--constraint "$repository/constraints.txt")
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || pins=()
+  "$python" -m pip install --quiet --disable-pip-version-check "${pins[@]}" "$@"
+}
 
 # Without an NVIDIA GPU the CUDA build would be gigabytes for nothing: offer pip the CPU builds, if they can be reached.
 cpu_only_index() {
