@@ -1,8 +1,8 @@
-"""What goes over a link: a 64-byte header, then raw tensor bytes in checksummed chunks, described by an agreed manifest.
+"""What goes over a link: a 64-byte header, then raw tensor bytes in checksummed chunks, as an agreed manifest has them.
 
-Nothing here is ever pickled, and nothing that came from outside is believed before it was checked: every malformed input is a
-ProtocolError that says what was expected and what was found, raised before memory is set aside for it. This module must never
-know who is at the other end, over what the bytes go, or what the tensors mean.
+Nothing here is ever pickled, and nothing that came from outside is believed before it was checked: every malformed
+input is a ProtocolError that says what was expected and what was found, raised before memory is set aside for it. This
+module must never know who is at the other end, over what the bytes go, or what the tensors mean.
 """
 
 import json
@@ -54,6 +54,9 @@ class Kind(IntEnum):
     STOP_WANTED = 8
     BYE = 9
     ABORT = 10
+    MANIFEST = 11
+    REPORT = 12
+    FAREWELL = 13
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,9 @@ class Header:
         body = bytes(data[: _HEADER.size])
         magic, version, kind, *numbers = _HEADER.unpack(body)
         if magic != MAGIC:
-            raise ProtocolError(f"a header begins with {MAGIC!r}, found {magic!r}: the other side does not speak fedmpi")
+            raise ProtocolError(f"a header begins with {MAGIC!r}, found {magic!r}: no fedmpi speaks there")
         if version != VERSION:
-            raise ProtocolError(f"expected protocol version {VERSION}, found {version}: install one fedmpi on all ranks")
+            raise ProtocolError(f"expected protocol version {VERSION}, found {version}: install it alike on all ranks")
         _same_checksum("header", xxhash.xxh3_64_intdigest(body), _CHECKSUM.unpack(data[_HEADER.size :])[0])
         if kind not in set(Kind):
             raise ProtocolError(f"expected a message kind in {min(Kind)}..{max(Kind)}, found {kind}")
@@ -95,13 +98,13 @@ def _plausible(header: Header) -> Header:
     if not 0 < header.chunk_bytes <= MAX_CHUNK_BYTES:
         raise ProtocolError(f"expected chunks of 1 to {MAX_CHUNK_BYTES} bytes, the header says {header.chunk_bytes}")
     if header.length > MAX_PAYLOAD_BYTES:
-        raise ProtocolError(f"expected a payload of at most {MAX_PAYLOAD_BYTES} bytes, the header claims {header.length}")
+        raise ProtocolError(f"expected at most {MAX_PAYLOAD_BYTES} payload bytes, the header claims {header.length}")
     return header
 
 
 def _same_checksum(what: str, expected: int, found: int) -> None:
     if expected != found:
-        raise ProtocolError(f"checksum of the {what} is {expected:016x}, but {found:016x} was sent: the bytes were damaged")
+        raise ProtocolError(f"checksum of the {what} is {expected:016x}, but {found:016x} was sent: damaged bytes")
 
 
 def expect(
@@ -141,7 +144,7 @@ def check_frame(data: bytes | bytearray | memoryview, chunk: memoryview, index: 
     """Raise a ProtocolError unless `chunk` is what its frame announced."""
     length, number, checksum = _FRAME.unpack(data)
     if (length, number) != (len(chunk), index):
-        raise ProtocolError(f"expected chunk {index} with {len(chunk)} bytes, its frame says chunk {number} with {length}")
+        raise ProtocolError(f"expected chunk {index} of {len(chunk)} bytes, its frame says {number} of {length}")
     _same_checksum(f"chunk {index}", xxhash.xxh3_64_intdigest(chunk), checksum)
 
 
@@ -169,7 +172,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All tensors of a message. Both sides derive from it where each one lies in the buffer, so it is agreed on once, by hash."""
+    """All tensors of a message, agreed on once, by hash; both sides derive from it where each lies in the buffer."""
 
     groups: tuple[Group, ...] = field(default=())
 
@@ -185,9 +188,9 @@ class Manifest:
 
     @cached_property
     def places(self) -> tuple[tuple[Spec, slice], ...]:
-        """Each tensor and its bytes. Wide elements come first, so that each begins on a multiple of its element size."""
+        """Each tensor and its bytes. Wide elements come first, so each begins on a multiple of its element size."""
         specs = [spec for group in self.groups for spec in group.tensors]
-        specs.sort(key=lambda spec: -_DTYPES[spec.dtype].itemsize)  # a stable sort: within a width, the manifest's order
+        specs.sort(key=lambda spec: -_DTYPES[spec.dtype].itemsize)  # stable: else the manifest's order
         ends = [0]
         for spec in specs:
             ends.append(ends[-1] + spec.num_bytes)
@@ -206,7 +209,7 @@ class Manifest:
         try:
             tree = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise ProtocolError(f"expected a manifest in JSON, found {str(data[:40])}: {error}") from None
+            raise ProtocolError(f"expected a manifest in JSON, found {data[:40]!r}: {error}") from None
         return _checked(Manifest(tuple(_group(item) for item in _list(tree, "the whole"))))
 
 
@@ -233,21 +236,21 @@ def _spec(item: object) -> Spec:
     name = _name(given, "a tensor")
     sizes = [size for size in _list(shape, f"the shape of {name[:60]!r}") if type(size) is int and size >= 0]
     if sizes != shape or len(sizes) > MAX_DIMENSIONS:
-        raise ProtocolError(f"manifest: expected up to {MAX_DIMENSIONS} sizes for {name[:60]!r}, found {str(shape)[:60]}")
+        raise ProtocolError(f"manifest: expected <= {MAX_DIMENSIONS} sizes for {name[:60]!r}, found {str(shape)[:60]}")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ProtocolError(f"manifest: expected a dtype of {', '.join(_DTYPES)} for {name[:60]!r}, found {dtype!r}")
     return Spec(name, tuple(sizes), dtype)
 
 
 def _checked(manifest: Manifest) -> Manifest:
-    """Names must be unique over all groups, since tensors are found by name, and the whole must be of a possible size."""
+    """Names are unique over all groups, since tensors are found by name, and the whole is of a possible size."""
     names = [spec.name for group in manifest.groups for spec in group.tensors]
     for what, given in (("tensor", names), ("group", [group.name for group in manifest.groups])):
         if len(set(given)) != len(given):
             twice = next(name for index, name in enumerate(given) if name in given[:index])
             raise ProtocolError(f"manifest: expected each {what} name once, found {twice!r} twice")
     if manifest.num_bytes > MAX_PAYLOAD_BYTES:
-        raise ProtocolError(f"manifest: expected at most {MAX_PAYLOAD_BYTES} bytes, its shapes make {manifest.num_bytes}")
+        raise ProtocolError(f"manifest: expected at most {MAX_PAYLOAD_BYTES} bytes, found {manifest.num_bytes}")
     return manifest
 
 

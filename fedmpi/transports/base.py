@@ -1,0 +1,264 @@
+"""What a transport is, once for all of them: ordered messages to and from peers, each wait with a deadline by progress.
+
+An opener (`torch_dist`, `mpi`, `in_process`) hands over one wire per peer; all the rest is here, in `link` and in
+`inbox`. This module must never know MPI, torch.distributed, clients, models, or what a payload means.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from time import monotonic
+from types import TracebackType
+
+import torch
+
+from fedmpi.errors import Aborted, LinkError, PeerLost, PeerSilent
+from fedmpi.messages import CHUNK_BYTES, Header, Kind
+from fedmpi.transports.inbox import Inbox, Message
+from fedmpi.transports.link import Link, Outgoing, Traffic, Wire
+
+GRACE_S = 3.0  # how long the others are given to take note of an abort
+
+
+class Transport:
+    """Links of one rank to its peers: the server has one to each client leader, a client one to the server."""
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        wires: Mapping[int, Wire],
+        reconnect: Callable[[int], Wire],
+        *,
+        timeout_s: float,
+        chunk_bytes: int = CHUNK_BYTES,
+        turn: AbstractContextManager[object] | None = None,
+        last_resort: Callable[[str], None] | None = None,
+    ) -> None:
+        self.rank, self.size, self.peers, self.timeout_s = rank, size, tuple(sorted(wires)), timeout_s
+        self.limit_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # more could not be held anyway
+        self.turn = nullcontext() if turn is None else turn
+        self.sent, self.received = ({peer: Traffic() for peer in self.peers} for _ in range(2))
+        self.failures: dict[int, LinkError] = {}
+        self._chunk_bytes, self._reconnect, self._last_resort = chunk_bytes, reconnect, last_resort
+        self._period_s = min(1.0, timeout_s / 4)
+        self._state = threading.Condition()
+        self._inbox = Inbox(self._state)
+        self._aborted: str | None = None
+        self._stop = self._closing = False
+        self._over = threading.Event()
+        self._round = -1
+        self._senders = ThreadPoolExecutor(max(1, len(self.peers)), f"send-{rank}")
+        self._links = {peer: self._over_wire(peer, wire) for peer, wire in wires.items()}
+        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        for link in self._links.values():
+            link.start()
+        self._watchdog.start()
+
+    def _over_wire(self, peer: int, wire: Wire) -> Link:
+        return Link(peer, wire, self, self.sent[peer], self.received[peer], self._period_s)
+
+    # what the program calls
+
+    def send(self, peer: int, header: Header, payload: memoryview | None = None) -> None:
+        """Send one message; returns when the payload may be overwritten."""
+        self._deliver(peer, Outgoing(header, payload, self._chunk_bytes))
+
+    def send_all(
+        self, peers: Collection[int], header: Header, payload: memoryview | None = None
+    ) -> dict[int, LinkError]:
+        """Send one message to several peers at once; a slow or lost one holds up nobody. Gives failures by peer."""
+        message = Outgoing(header, payload, self._chunk_bytes)
+        sending = {peer: self._senders.submit(self._deliver, peer, message) for peer in peers}
+        failed = {peer: future.exception() for peer, future in sending.items()}
+        self.check(header.kind.name)
+        return {peer: _expected(error) for peer, error in failed.items() if error is not None}
+
+    def receive(self, peers: Collection[int] | None = None, phase: str = "receive") -> Message:
+        """The next message, in arrival order, of any of these peers (default: all). Lasts as long as all of them live."""
+        wanted = frozenset(self.peers if peers is None else peers)
+        if not wanted:
+            raise LinkError(f"{phase}: rank {self.rank} of {self.size} has nobody to receive from")
+        message = self._inbox.next(wanted, lambda: self._nothing_from(wanted, phase))
+        self.check(phase)
+        self._round = max(self._round, message.header.round)
+        return message
+
+    def check(self, phase: str = "check") -> None:
+        """Raise Aborted if any rank has ended the job; cheap enough for every training step."""
+        if self._aborted is not None:
+            raise Aborted(self._aborted)
+        if self._over.is_set():
+            raise LinkError(f"{phase}: rank {self.rank} uses its transport after it was closed")
+
+    def want_stop(self) -> None:
+        """Tell the server soon that this rank was asked to stop. Safe in a signal handler."""
+        self._stop = True
+        if 0 in self._links:
+            self._links[0].post(Kind.STOP_WANTED)
+
+    def stop_wanted(self) -> bool:
+        """Whether this rank, or on the server any rank, was asked to stop."""
+        return self._stop
+
+    def reopen(self, peer: int) -> None:
+        """Make the link anew, on both sides; nothing that was on the old one can be seen on the new one."""
+        old = self._links[peer]
+        with self._state:
+            old.closed = True
+            self._state.notify_all()
+        old.close()
+        old.join(GRACE_S)
+        self._inbox.drop(peer)
+        wire = self._reconnect(peer)
+        with self._state:
+            self.failures.pop(peer, None)
+            self._links[peer] = self._over_wire(peer, wire)
+        self._links[peer].start()
+
+    def abort(self, error: BaseException) -> None:
+        """End the job on every rank: all waits there raise Aborted with this error's text. Returns within a grace."""
+        text = " ".join(str(error).split()) or "no message"
+        self._spread(f"rank {self.rank} ended the job: {type(error).__name__}: {text}", None)
+        clean = self._wait_for_ends(min(GRACE_S, self.timeout_s))
+        self._shut()
+        if self._last_resort is not None and not clean:
+            self._last_resort(str(self._aborted))
+
+    def close(self) -> None:
+        """Leave in good order: wait until every peer that lives has said goodbye too."""
+        with self._state:
+            if self._closing:
+                return
+            self._closing = True
+            self._state.notify_all()
+        for link in self._links.values():
+            link.post(Kind.BYE)
+        self._wait_for_ends(None)
+        self._shut()
+        if self._aborted is not None:
+            raise Aborted(self._aborted)
+
+    def __enter__(self) -> "Transport":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abort(error)
+
+    # what the links call, each from threads of its own
+
+    def take(self, link: Link, num_bytes: int) -> torch.Tensor | None:
+        """A buffer for a large payload, or None when nobody will want it."""
+        return self._inbox.take(link.peer, num_bytes, lambda: link.closed or self._closing or self._aborted is not None)
+
+    def spoil(self, link: Link) -> None:
+        """The payload on its way will not come."""
+        self._inbox.spoil(link.peer)
+
+    def arrived(self, link: Link, header: Header, payload: torch.Tensor | None) -> None:
+        """Sort a whole message: control is dealt with at once, the rest goes to the inbox."""
+        if header.kind == Kind.HEARTBEAT:
+            return
+        with self._state:
+            if header.kind == Kind.STOP_WANTED:
+                self._stop = True
+            elif header.kind == Kind.ABORT:
+                text = b"" if payload is None else payload.numpy().tobytes()
+                self._spread(text.decode(errors="replace"), link)
+            elif header.kind != Kind.BYE and not link.closed:
+                self._inbox.put(link.peer, header, payload)
+            self._state.notify_all()
+
+    def lost(self, link: Link, error: LinkError) -> None:
+        """Take note of the first thing that went wrong on a link, and wake everyone who waits for it."""
+        with self._state:
+            if link.closed or link.ended:
+                return
+            link.closed = True
+            self.failures[link.peer] = error
+            self._state.notify_all()
+        link.close()
+
+    # inside
+
+    def _deliver(self, peer: int, message: Outgoing) -> None:
+        phase = message.header.kind.name
+        self.check(phase)
+        self._round = max(self._round, message.header.round)
+        link = self._links[peer]
+        if peer in self.failures:
+            raise self._failure(peer, phase)
+        try:
+            link.send(message)
+        except ConnectionError as error:
+            self.lost(link, PeerLost(f"rank {peer} is gone: {error}; its own output says why"))
+            self.check(phase)
+            raise self._failure(peer, phase) from None
+
+    def _failure(self, peer: int, phase: str) -> LinkError:
+        error = self.failures.get(peer) or PeerLost(f"rank {peer} has left in good order, though more was expected")
+        return type(error)(f"{phase}, round {self._round}: {error}")
+
+    def _nothing_from(self, wanted: frozenset[int], phase: str) -> None:
+        """Called under the lock when no message of these peers is there: raise if that cannot or must not change."""
+        self.check(phase)
+        for peer in sorted(wanted):
+            if peer in self.failures or self._links[peer].ended:
+                raise self._failure(peer, phase)
+
+    def _spread(self, text: str, origin: Link | None) -> None:
+        """Remember the first abort, tell everyone who does not know yet, and thank the one who told us."""
+        with self._state:
+            if self._aborted is not None:
+                return
+            self._aborted = text
+            for link in self._links.values():
+                link.post(*((Kind.BYE,) if link is origin else (Kind.ABORT, text)))
+            self._state.notify_all()
+
+    def _wait_for_ends(self, timeout_s: float | None) -> bool:
+        """Wait until every link has ended or failed; whether all of them ended in good order."""
+        with self._state:
+            links = self._links.values()
+            self._state.wait_for(lambda: all(link.ended or link.closed for link in links), timeout_s)
+            return all(link.ended for link in links)
+
+    def _shut(self) -> None:
+        self._over.set()
+        for link in self._links.values():
+            link.close()
+        for link in self._links.values():
+            link.join(GRACE_S)
+        self._senders.shutdown(wait=False)
+
+    def _watch(self) -> None:
+        """Find the links that gave no sign of life for too long."""
+        before = monotonic()
+        while not self._over.wait(self._period_s):
+            now = monotonic()
+            if now - before > self.timeout_s / 2:  # it is we who were stopped: give the others time to be heard
+                for link in self._links.values():
+                    link.heard = now
+            before = now
+            for link in list(self._links.values()):
+                self._watch_one(link, now)
+
+    def _watch_one(self, link: Link, now: float) -> None:
+        if link.listening and not link.closed and not link.ended and now - link.heard > self.timeout_s:
+            after = f" after {link.coming}" if link.coming else ""
+            what = f"rank {link.peer} gave no sign of life for {self.timeout_s:g} s{after}"
+            self.lost(link, PeerSilent(f"{what}; it hangs, is stopped or cut off (--timeout_s sets how long to wait)"))
+
+
+def _expected(error: BaseException) -> LinkError:
+    """A failure of a link as a value; anything else is a fault of this program."""
+    if not isinstance(error, LinkError):
+        raise error
+    return error

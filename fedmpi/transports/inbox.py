@@ -1,0 +1,123 @@
+"""What has come and was not yet asked for, and the few buffers that large payloads may lie in.
+
+Receiver threads take a buffer before they read a large payload. With a fixed number of buffers a server's memory does
+not grow with its clients; the others simply are not read from until it is their turn. This module must never know
+links or wires.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from fedmpi.messages import Header
+
+NUM_BUFFERS = 2  # one is filled while the other is used; fresh pages for each message would cost more than receiving it
+
+
+@dataclass
+class Message:
+    """A message that came. Its payload may lie in a re-used buffer: `release` it when nothing looks at it any more."""
+
+    peer: int
+    header: Header
+    payload: torch.Tensor | None
+    _give: Callable[[], None] | None = field(default=None, repr=False)
+
+    def release(self) -> None:
+        """Hand the payload's buffer back. May be called twice."""
+        give, self._give, self.payload = self._give, None, None
+        if give is not None:
+            give()
+
+
+class Inbox:
+    """Messages in arrival order, and buffers under a permit; all guarded by the condition given."""
+
+    def __init__(self, state: threading.Condition) -> None:
+        self._state = state
+        self._messages: deque[Message] = deque()
+        self._awaited: list[frozenset[int]] = []
+        self._filling: dict[int, torch.Tensor] = {}  # by the peer whose message is on its way into the buffer
+        self._free: list[torch.Tensor] = []
+        self._in_use = 0
+
+    def take(self, peer: int, num_bytes: int, unwanted: Callable[[], bool]) -> torch.Tensor | None:
+        """Wait for a buffer for a message from `peer`; None as soon as the message is unwanted."""
+        with self._state:
+            self._state.wait_for(lambda: unwanted() or self._may_take(peer))
+            if unwanted():
+                return None
+            self._in_use += 1
+            self._filling[peer] = self._buffer(num_bytes)
+            return self._filling[peer]
+
+    def _may_take(self, peer: int) -> bool:
+        """Past the limit, only what somebody waits for, when nothing else of what he waits for is there or on its way.
+
+        Without that exception, buffers full of messages that nobody asks for yet would stop the one that is asked for.
+        """
+        if self._in_use < NUM_BUFFERS:
+            return True
+        there = self._filling.keys() | {message.peer for message in self._messages}
+        return any(peer in wanted and wanted.isdisjoint(there) for wanted in self._awaited)
+
+    def _buffer(self, num_bytes: int) -> torch.Tensor:
+        for index, buffer in enumerate(self._free):
+            if buffer.numel() >= num_bytes:
+                return self._free.pop(index)
+        if self._free:
+            self._free.pop(0)  # too short for what is sent now
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        """Take a buffer back; more than the usual number are not kept."""
+        with self._state:
+            self._in_use -= 1
+            if len(self._free) < NUM_BUFFERS:
+                self._free.append(buffer)
+            self._state.notify_all()
+
+    def spoil(self, peer: int) -> None:
+        """A message from `peer` that was on its way will not come."""
+        with self._state:
+            buffer = self._filling.pop(peer, None)
+            if buffer is not None:
+                self.give(buffer)
+
+    def put(self, peer: int, header: Header, payload: torch.Tensor | None) -> None:
+        """A whole message has come."""
+        with self._state:
+            buffer = self._filling.pop(peer, None)
+            release = None if buffer is None else lambda: self.give(buffer)
+            self._messages.append(Message(peer, header, payload, release))
+            self._state.notify_all()
+
+    def next(self, wanted: frozenset[int], otherwise: Callable[[], None]) -> Message:
+        """The first message of any of these peers; while there is none, `otherwise` may raise."""
+        with self._state:
+            self._awaited.append(wanted)
+            self._state.notify_all()  # a permit may be due now
+            try:
+                while (message := self._pop(wanted)) is None:
+                    otherwise()
+                    self._state.wait()
+                return message
+            finally:
+                self._awaited.remove(wanted)
+
+    def _pop(self, wanted: frozenset[int]) -> Message | None:
+        for index, message in enumerate(self._messages):
+            if message.peer in wanted:
+                del self._messages[index]
+                return message
+        return None
+
+    def drop(self, peer: int) -> None:
+        """Throw away what has come from `peer`."""
+        with self._state:
+            for message in [message for message in self._messages if message.peer == peer]:
+                self._messages.remove(message)
+                message.release()

@@ -1,0 +1,179 @@
+"""Links over gloo: for each link a bare process group of two, so that a death or a timeout harms that link alone.
+
+What gloo taught (torch 2.13, run):
+- A wait that times out closes the pair, for good and on both sides. So waits have next to no limit, the watchdog decides
+  who is silent, and a wire is closed by a receive that times out at once: abort() and shutdown() wake no blocked thread.
+- A piece longer than the receive that meets it ends the receiving process inside C++. So both sides know every size.
+- A store client that blocks holds a lock. So the rendezvous polls, and after it nobody needs the store.
+
+The default process group is left alone: it belongs to the clients. This module must never know messages or clients.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from datetime import timedelta
+from time import monotonic, sleep
+from typing import Any
+
+import torch
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore, Work  # type: ignore[attr-defined]
+
+from fedmpi.errors import LinkError, PeerLost, WorldError
+from fedmpi.messages import CHUNK_BYTES
+from fedmpi.transports.base import Transport
+from fedmpi.world import World
+
+FOREVER = timedelta(days=365)
+POLL_S = 0.01
+DATA, POISON = 0, 1  # tags; nothing is ever sent with the second
+_CPP_PLACE = re.compile(r"\[\S*:\d+\] ")
+
+
+class GlooWire:
+    """A process group of two: the server is 0 in it, the client 1."""
+
+    def __init__(self, store: Store, is_server: bool, device: ProcessGroupGloo.Device, timeout_s: float) -> None:
+        gloo: Any = ProcessGroupGloo  # torch's stubs know little of it
+        options = gloo._Options()
+        options._devices, options._threads, options._timeout = [device], 1, timedelta(seconds=timeout_s)
+        self._group = gloo(store, 0 if is_server else 1, 2, options)
+        self._other = 1 if is_server else 0
+
+    def write(self, *parts: memoryview) -> None:
+        """Post all parts, then wait for them."""
+        try:
+            _wait([self._group.send([_tensor(part)], self._other, DATA) for part in parts])
+        except RuntimeError as error:
+            raise ConnectionError(_reason(error)) from None
+
+    def read(self, *parts: memoryview) -> None:
+        """Post all parts, then wait for them."""
+        try:
+            _wait([self._group.recv([_tensor(part)], self._other, DATA) for part in parts])
+        except RuntimeError as error:
+            raise ConnectionError(_reason(error)) from None
+
+    def close(self) -> None:
+        """Let a receive time out, which closes the pair and wakes everyone."""
+        with suppress(RuntimeError):
+            self._group.recv([torch.empty(1, dtype=torch.uint8)], self._other, POISON).wait(timedelta(milliseconds=1))
+
+
+def _wait(works: list[Work]) -> None:
+    for work in works:
+        work.wait(FOREVER)
+
+
+def _tensor(part: memoryview) -> torch.Tensor:
+    return torch.frombuffer(part, dtype=torch.uint8)
+
+
+def _reason(error: Exception) -> str:
+    """gloo's message without the place in its source and the advice after the first sentence."""
+    return _CPP_PLACE.sub("", str(error).splitlines()[0]).split(". ")[0]
+
+
+class Rendezvous:
+    """How ranks find each other: keys in a store, under a prefix that carries the restart count of the job."""
+
+    def __init__(self, world: World, timeout_s: float) -> None:
+        self.world, self.timeout_s = world, timeout_s
+        self._generations: dict[int, int] = {}
+        host, _, port = str(world.store).rpartition(":")
+        deadline = timedelta(seconds=timeout_s)
+        try:
+            tcp = TCPStore(host, int(port), None, world.hosts_store, deadline, wait_for_workers=False)
+        except (RuntimeError, ValueError) as error:
+            does = "cannot open its store" if world.hosts_store else f"found no store of rank 0 within {timeout_s:g} s"
+            raise WorldError(f"rank {world.rank} of {world.size} {does} at {world.store} ({_reason(error)})") from None
+        self._tcp, self._store = tcp, PrefixStore(f"fedmpi/{world.restart}", tcp)
+        self._device = _device(world, host)
+
+    def meet(self) -> None:
+        """Wait until every rank has arrived. All ranks get the same verdict, which names who is missing."""
+        self._store.set(f"arrived/{self.world.rank}", "1")
+        if self.world.rank == 0:
+            missing = self._missing(range(self.world.size))
+            self._store.set("verdict", self._complaint(missing))
+            verdict = self._complaint(missing)
+        elif self._missing([0]):
+            verdict = self._complaint([0])
+        else:
+            self._until(lambda: self._store.check(["verdict"]))
+            verdict = self._store.get("verdict").decode() if self._store.check(["verdict"]) else "rank 0 has died"
+        if verdict:
+            raise WorldError(verdict)
+
+    def _missing(self, ranks: Iterable[int]) -> list[int]:
+        """The ranks that have not arrived when the time is over."""
+        keys = {rank: f"arrived/{rank}" for rank in ranks}
+        self._until(lambda: self._store.check(list(keys.values())))
+        return [rank for rank, key in keys.items() if not self._store.check([key])]
+
+    def _complaint(self, missing: list[int]) -> str:
+        if not missing:
+            return ""
+        here = sorted(set(range(self.world.size)) - set(missing)) if self.world.rank == 0 else [self.world.rank]
+        who = ", ".join(map(str, missing))
+        return (
+            f"rank {who} of {self.world.size} did not arrive within {self.timeout_s:g} s; arrived: "
+            f"{', '.join(map(str, here))}; see the output of those missing, or raise --timeout_s"
+        )
+
+    def _until(self, happened: Callable[[], bool]) -> bool:
+        deadline = monotonic() + self.timeout_s
+        while not happened():
+            if monotonic() > deadline:
+                return False
+            sleep(POLL_S)
+        return True
+
+    def link(self, peer: int) -> GlooWire:
+        """A new generation of the link to `peer`: the client asks, the server takes the newest that was asked for."""
+        client = self.world.rank or peer
+        asked = f"asked/{client}"
+        if self.world.rank:
+            generation = self._store.add(asked, 1)
+        else:
+            known = self._generations.get(client, 0)
+            self._until(lambda: self._store.add(asked, 0) > known)
+            generation = self._store.add(asked, 0)
+            if generation == known:
+                raise PeerLost(f"rank {peer} did not come back to its link within {self.timeout_s:g} s")
+        self._generations[client] = generation
+        store = PrefixStore(f"link/{client}/{generation}", self._store)
+        try:
+            return GlooWire(store, self.world.rank == 0, self._device, self.timeout_s)
+        except RuntimeError as error:
+            raise PeerLost(f"rank {peer} arrived, but no link to it could be made: {_reason(error)}") from None
+
+
+def _device(world: World, host: str) -> ProcessGroupGloo.Device:
+    """The network interface that reaches the store also reaches the peers; GLOO_SOCKET_IFNAME overrides, as in torch."""
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing, only chooses its own address
+            address = probe.getsockname()[0]
+            if not address.startswith("127.") or world.local_size == world.size:
+                return ProcessGroupGloo.create_device(hostname=address)
+    return ProcessGroupGloo.create_default_device()
+
+
+def open(world: World, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES) -> Transport:
+    """Meet the other ranks and link up: the server to every client rank, a client rank to the server."""
+    if world.size == 1:
+        return Transport(0, 1, {}, _nobody, timeout_s=timeout_s, chunk_bytes=chunk_bytes)
+    rendezvous = Rendezvous(world, timeout_s)
+    rendezvous.meet()
+    try:
+        wires = {peer: rendezvous.link(peer) for peer in ([0] if world.rank else range(1, world.size))}
+    except LinkError as error:
+        raise WorldError(str(error)) from None
+    return Transport(world.rank, world.size, wires, rendezvous.link, timeout_s=timeout_s, chunk_bytes=chunk_bytes)
+
+
+def _nobody(peer: int) -> GlooWire:
+    raise LinkError(f"there is no rank {peer} in a world of one")
