@@ -90,7 +90,8 @@ def _split(config: Config, corpus: Corpus, splitter: str, clients: int, seed: in
         raise ConfigError(
             f"data.splitter {splitter} needs categories, {corpus.name} has none: use iid, or data.fields category=NAME"
         )
-    options = {"alpha": config.alpha, "min_rows": config.min_rows, "balance": config.balance, "shards": config.shards}
+    least = max(config.min_rows, 1 if corpus.test else 2)  # one to train on and one to hold out
+    options = {"alpha": config.alpha, "min_rows": least, "balance": config.balance, "shards": config.shards}
     dealt = splitters.split(labels, clients, splitter, seed, **options)  # type: ignore[arg-type]
     for client, rows in enumerate(dealt):
         if not rows:

@@ -1,6 +1,7 @@
 """Adapters: LoRA on a frozen backbone, as named tensors and as a PEFT folder. It must never know who trains it."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from fedmpi.models import PeftConfig
 from fedmpi.models.backbone import decoder_layers
 from fedmpi.seeding import seed_for
 from fedmpi.tensors import Tensors
+
+warnings.filterwarnings(
+    "ignore", message="`is_gradient_checkpointing`"
+)  # peft 0.21 asks transformers 5.23 by an old name
 
 ALL_LINEAR = "all-linear"
 ADAPTER = "default"

@@ -5,7 +5,8 @@ Nothing here unpickles a file or runs code that came with a model.
 
 import importlib.resources
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,19 +64,14 @@ def load_model(config: Config, device: str | torch.device = "cpu") -> PreTrained
     local = Path(base).is_dir()
     if local:
         _check_folder(Path(base), config.path)
-    transformers.utils.logging.disable_progress_bar()
-    options = {
-        "local_files_only": local,
-        "trust_remote_code": False,
-        "use_safetensors": True,
-        "dtype": _dtype(config, device),
-    }
-    model, info = _attempt(
-        "model", config, lambda: AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
-    )
-    if missing := sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info.get("mismatched_keys", ())):
+    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False, "use_safetensors": True}
+    # Sizes that differ are let through here, so that the check below names them in one line.
+    options |= {"dtype": _dtype(config, device), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _quiet():
+        model, info = _attempt("model", config, lambda: AutoModelForCausalLM.from_pretrained(base, **options))
+    if wrong := sorted(info["missing_keys"]) + sorted(key[0] for key in info["mismatched_keys"]):
         raise ModelError(
-            f"model.path {config.path} lacks {len(missing)} weights, or their shape differs: {', '.join(missing[:3])}"
+            f"model.path {config.path} lacks {len(wrong)} weights, or their shape differs: {', '.join(wrong[:3])}"
         )
     model.name_or_path = public_name(config)
     return model.requires_grad_(False).eval().to(device)
@@ -118,6 +114,19 @@ def _check_folder(folder: Path, name: str) -> None:
             else "no weights: expected *.safetensors"
         )
         raise ModelError(f"model.path {name} has {found}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and reports of transformers between the lines of a rank's own log."""
+    log = transformers.utils.logging
+    before = log.get_verbosity()
+    log.disable_progress_bar()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(before)
 
 
 def _attempt(what: str, config: Config, load: Callable[[], T]) -> T:

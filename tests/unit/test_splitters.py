@@ -1,0 +1,127 @@
+"""Splitters: every row in exactly one client, equal for equal seeds, and each with the property it is named for."""
+
+import math
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmpi.data.splitters import follow, split
+from fedmpi.errors import DataError
+
+SPLITTERS = ("iid", "meta", "dirichlet", "shards")
+
+
+def labels_of(sizes):
+    return [name for name, size in sizes.items() for _ in range(size)]
+
+
+def mixes(labels, dealt):
+    return [Counter(labels[i] for i in rows) for rows in dealt]
+
+
+def entropy(mix):
+    total = sum(mix.values())
+    return -sum(num / total * math.log(num / total) for num in mix.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    labels=st.lists(st.sampled_from("abcde"), min_size=24, max_size=120),
+    clients=st.integers(1, 12),
+    splitter=st.sampled_from(SPLITTERS),
+    seed=st.integers(0, 5),
+    balance=st.booleans(),
+)
+def test_every_row_in_exactly_one_client_and_deterministic(labels, clients, splitter, seed, balance):
+    options = {"alpha": 5.0, "balance": balance}
+    try:
+        dealt = split(labels, clients, splitter, seed, **options)
+    except DataError as error:
+        assert splitter == "dirichlet" and "min_rows" in str(error)
+        return
+    assert sorted(row for rows in dealt for row in rows) == list(range(len(labels)))
+    assert len(dealt) == clients and all(rows == sorted(rows) for rows in dealt)
+    assert dealt == split(labels, clients, splitter, seed, **options)
+
+
+@pytest.mark.parametrize("splitter", ["iid", "dirichlet", "shards"])
+def test_another_seed_deals_otherwise(splitter):
+    labels = labels_of({"a": 50, "b": 50})
+    assert split(labels, 4, splitter, 0, alpha=5.0) != split(labels, 4, splitter, 1, alpha=5.0)
+
+
+def test_iid_is_even():
+    assert sorted(len(rows) for rows in split([""] * 11, 3, "iid", 0)) == [3, 4, 4]
+
+
+def test_meta_one_category_each():
+    labels = labels_of({"c": 5, "a": 3, "b": 4})
+    assert mixes(labels, split(labels, 3, "meta", 0)) == [{"a": 3}, {"b": 4}, {"c": 5}]
+
+
+def test_meta_merges_what_clients_lack_and_shares_what_categories_lack():
+    labels = labels_of({"a": 3, "b": 4, "c": 5})
+    assert mixes(labels, split(labels, 2, "meta", 0)) == [{"a": 3, "c": 5}, {"b": 4}]
+    assert mixes(labels, split(labels, 5, "meta", 0)) == [{"a": 2}, {"b": 2}, {"c": 5}, {"a": 1}, {"b": 2}]
+
+
+def test_shards_have_equal_volume_and_few_categories():
+    labels = labels_of({"a": 50, "b": 30, "c": 20})
+    dealt = split(labels, 10, "shards", 3, shards=2)
+    assert [len(rows) for rows in dealt] == [10] * 10
+    assert all(len(mix) <= 3 for mix in mixes(labels, dealt))
+    with pytest.raises(DataError, match="20 rows are too few for 11 clients of 2 shards"):
+        split(["a"] * 20, 11, "shards", 0, shards=2)
+
+
+def test_small_alpha_makes_clients_one_sided():
+    labels = labels_of(dict.fromkeys("abcd", 250))
+    means = []
+    for alpha in (0.1, 1.0, 100.0):
+        mixed = [
+            entropy(mix) for seed in range(5) for mix in mixes(labels, split(labels, 8, "dirichlet", seed, alpha=alpha))
+        ]
+        means.append(sum(mixed) / len(mixed))
+    assert means[0] < means[1] < means[2]
+    assert means[2] == pytest.approx(math.log(4), abs=0.05)
+
+
+def test_dirichlet_keeps_its_minimum_or_says_that_it_cannot():
+    labels = labels_of(dict.fromkeys("abcdefgh", 180))
+    assert min(map(len, split(labels, 12, "dirichlet", 0, min_rows=40))) >= 40
+    with pytest.raises(DataError, match=r"no draw of 1000 gave each of 12 clients 119 of 1440 rows \(best \d+\)"):
+        split(labels, 12, "dirichlet", 0, min_rows=119)
+
+
+def test_tiny_alpha_deals_every_row():
+    labels = labels_of({"a": 40, "b": 40})
+    for balance in (False, True):
+        dealt = split(labels, 2, "dirichlet", 0, alpha=1e-300, balance=balance)
+        assert sorted(row for rows in dealt for row in rows) == list(range(80))
+
+
+def test_balance_stops_filling_clients_that_have_their_share():
+    """Shepherd's own setting: 100 clients of unequal volume, none under 40 rows. Without balance no draw gives it."""
+    labels = labels_of(dict(zip("abcdefgh", [1756, 2126, 1763, 699, 2181, 1496, 3732, 1178], strict=True)))
+    sizes = sorted(map(len, split(labels, 100, "dirichlet", 0, min_rows=40, balance=True)))
+    assert sizes[0] >= 40 and sizes[-1] > 2 * sizes[0]
+    full = [len(rows) >= len(labels) / 2 for rows in split(labels, 2, "dirichlet", 0, alpha=0.05, balance=True)]
+    assert any(full)
+
+
+def test_rows_of_a_test_split_follow_the_training_rows():
+    shares = [{"a": 30, "b": 1}, {"a": 10}, {"c": 4}]
+    labels = ["a"] * 8 + ["b"] * 3 + ["c"]
+    dealt = follow(shares, labels, 0)
+    assert mixes(labels, dealt) == [{"a": 6, "b": 3}, {"a": 2}, {"c": 1}]
+    assert sorted(row for rows in dealt for row in rows) == list(range(12))
+    with pytest.raises(DataError, match="category 'd', which no client has"):
+        follow(shares, ["d"], 0)
+
+
+def test_fewer_rows_than_clients():
+    for splitter in SPLITTERS:
+        with pytest.raises(DataError, match="there are 3 rows for 4 clients"):
+            split(["a", "b", "c"], 4, splitter, 0)
