@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from .errors import ConfigError
+from fedmpi.errors import ConfigError
 
 T = TypeVar("T")
 RECIPES = Path(__file__).parent / "recipes"
@@ -33,6 +33,15 @@ def parse(kind: type[T], arguments: Sequence[str], program: str, about: str, ext
     except (ArgumentError, TypeError) as error:
         raise ConfigError(_one_line(str(error))) from None
     return parser.instantiate_classes(namespace)
+
+
+def peek(argument: str) -> dict[str, Any]:
+    """The plain content of a recipe, before anything is checked; nothing where it cannot be read (the parser says why)."""
+    try:
+        found = yaml.safe_load(Path(_packaged(argument)).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _packaged(argument: str) -> str:

@@ -8,8 +8,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from .errors import ConfigError, ProtocolError, WorldError
-from .seeding import seed_for
+from fedmpi.errors import ConfigError, ProtocolError, WorldError
+from fedmpi.seeding import seed_for
 
 
 class Verdict(IntEnum):
@@ -18,6 +18,15 @@ class Verdict(IntEnum):
     NONE = 0  # there was none in this process group: the run starts or resumes here
     COUNTED = 1
     REPEAT = 2
+
+
+class End(IntEnum):
+    """Why no round follows."""
+
+    NO = 0  # a round follows
+    FINISHED = 1
+    SIGNAL = 2  # somebody was told to stop; a restart goes on
+    GIVEN_UP = 3  # too few clients were left
 
 
 _FIXED = struct.Struct("<iiQiiBB")
@@ -36,12 +45,12 @@ class Round:
     verdict: Verdict = Verdict.NONE
     counted: tuple[int, ...] = ()  # whose updates of the round before counted
     durable: int = -1  # the last round that is on disk
-    last: bool = False  # no round follows: read the verdict, then leave
+    end: End = End.NO  # anything else: read the verdict, then leave
 
     def pack(self) -> bytes:
         """The round header: of one size for a given number of clients."""
         fixed = _FIXED.pack(
-            self.index, self.attempt, self.seed, self.scale, self.durable, int(self.verdict), int(self.last)
+            self.index, self.attempt, self.seed, self.scale, self.durable, int(self.verdict), int(self.end)
         )
         return fixed + _bitmap(self.cohort, self.num_clients) + _bitmap(self.counted, self.num_clients)
 
@@ -51,10 +60,10 @@ class Round:
         expected = _FIXED.size + 2 * _bitmap_bytes(num_clients)
         if len(data) != expected:
             raise ProtocolError(f"round header of {len(data)} bytes, expected {expected} for {num_clients} clients")
-        index, attempt, seed, scale, durable, verdict, last = _FIXED.unpack_from(data)
+        index, attempt, seed, scale, durable, verdict, end = _FIXED.unpack_from(data)
         half = _FIXED.size + _bitmap_bytes(num_clients)
         cohort, counted = _members(data[_FIXED.size : half]), _members(data[half:])
-        return Round(index, attempt, cohort, seed, scale, num_clients, Verdict(verdict), counted, durable, bool(last))
+        return Round(index, attempt, cohort, seed, scale, num_clients, Verdict(verdict), counted, durable, End(end))
 
 
 def _bitmap_bytes(num_clients: int) -> int:

@@ -2,11 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from ..lazy import door
+from fedmpi.lazy import door
 
 if TYPE_CHECKING:
-    from .mean import Weighted as Weighted
-    from .mean import exact_mean as exact_mean
-    from .mean import grid_scale as grid_scale
+    from fedmpi.aggregation.mean import Weighted as Weighted
+    from fedmpi.aggregation.mean import exact_mean as exact_mean
+    from fedmpi.aggregation.mean import grid_scale as grid_scale
+    from fedmpi.aggregation.mean import largest as largest
 
-__getattr__ = door(__name__, {"exact_mean": "mean", "grid_scale": "mean", "Weighted": "mean"})
+__getattr__ = door(__name__, dict.fromkeys(("exact_mean", "grid_scale", "largest", "Weighted"), "mean"))

@@ -11,8 +11,8 @@ from typing import Protocol
 
 import torch
 
-from ..errors import NonFinite, TrainingError
-from ..tensors import Tensors, same_names
+from fedmpi.errors import NonFinite, TrainingError
+from fedmpi.tensors import Tensors, same_names
 
 _LIMIT = 2.0**53
 _BLOCK = 1 << 16  # elements; a block in float64 stays in the second-level cache

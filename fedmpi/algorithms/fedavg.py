@@ -1,0 +1,73 @@
+"""FedAvg over adapters (FedIT): Zhang et al., Towards Building the Federated GPT, arXiv 2305.05644, Algorithm 1; weights as in
+McMahan et al., arXiv 1602.05629. Numbers in comments are steps of FedIT's Algorithm 1 as its text describes them.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from fedmpi import aggregation, federation, models, training
+from fedmpi.seeding import seed_for
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fedmpi.federation import Federation, Update
+    from fedmpi.host import Host
+    from fedmpi.round import Round
+    from fedmpi.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Server:
+    """What only the server holds: the adapter that the rounds improve."""
+
+    SAVED = ("adapter",)
+    adapter: "Tensors"
+
+
+@dataclass(frozen=True)
+class Client:
+    """What one client holds: its examples and, where it is kept, its optimiser's state."""
+
+    id: int
+    host: "Host"
+    owned: "Tensors | None" = None
+
+
+def build_server(host: "Host") -> Server:
+    """The adapter as it begins: equal to nothing, from the run's seed."""
+    return Server(models.trainable(host.base.model))
+
+
+def build_client(host: "Host", client: int) -> Client:
+    """A client value; its examples live in the host, which tokenises them once."""
+    return Client(client, host)
+
+
+def run_round(fed: "Federation", rnd: "Round", server: Server | None, clients: "Mapping[int, Client]") -> Server | None:
+    """One communication round. Every rank runs this; `server` is None and `clients` is empty where they do not live."""
+    sent = fed.broadcast(server.adapter if server else None)  # 1: the server sends the global adapter to the cohort
+    received = fed.gather(rnd, clients, lambda client: client_update(client, sent, rnd))  # 2-3: local tuning, sending back
+    if server:
+        server = replace(server, adapter=aggregation.exact_mean(received, rnd.scale))  # 4: mean, weighted by data size
+    return server
+
+
+def client_update(client: Client, sent: "Tensors", rnd: "Round") -> "Update":
+    """Tune the received adapter on the client's own examples; the base is frozen and shared by all clients of this process."""
+    model = client.host.base.model
+    models.load_trainable(model, sent)
+    fit = training.fit(
+        model,
+        client.host.examples(client.id),
+        client.host.train,
+        seed=seed_for(rnd.seed, "fit", client.id),
+        pad_id=client.host.base.pad_id,
+        state=training.OptimState.of(client.owned) if client.owned else None,
+    )
+    return federation.Update(
+        client=client.id,
+        tensors=models.trainable(model),
+        metrics=fit.metrics(),
+        owned=fit.state.pack() if fit.state else None,
+    )

@@ -1,0 +1,23 @@
+"""The federation: what an algorithm sees of the other ranks, and what the server decides for all of them.
+
+    lockstep    Federation: rounds, broadcast, gather; the same calls in the same order on every rank
+    conductor   the server's decisions: cohort, verdict, stop
+    post        JSON and tensors as messages over a transport, each under an agreed manifest
+    updates     what travels up: Update, Failure
+"""
+
+from typing import TYPE_CHECKING
+
+from fedmpi.lazy import door
+
+if TYPE_CHECKING:
+    from fedmpi.federation.conductor import Conductor as Conductor
+    from fedmpi.federation.lockstep import Federation as Federation
+    from fedmpi.federation.updates import Failure as Failure
+    from fedmpi.federation.updates import Outcome as Outcome
+    from fedmpi.federation.updates import Update as Update
+
+__getattr__ = door(
+    __name__,
+    {"Conductor": "conductor", "Federation": "lockstep", "Failure": "updates", "Outcome": "updates", "Update": "updates"},
+)

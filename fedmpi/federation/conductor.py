@@ -1,0 +1,79 @@
+"""The server's decisions: who takes part, whether a round counted, when to stop. Pure state; it never sends, trains or stores."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedmpi.aggregation import grid_scale
+from fedmpi.errors import QuorumLost
+from fedmpi.round import End, Round, Verdict, sample
+from fedmpi.seeding import seed_for
+
+MOST_ATTEMPTS = 4
+
+
+@dataclass
+class Conductor:
+    """Holds what the next round header needs to know."""
+
+    num_examples: Sequence[int]  # by client, as declared at the start
+    rounds: int
+    seed: int
+    cohort_size: int
+    sampling: str = "uniform"
+    weights: str = "examples"
+    min_clients: int = 1
+    on_quorum_lost: str = "repeat"
+    first_round: int = 0
+    largest: float = 1.0  # largest magnitude in the adapter that the next round starts from
+    durable: int = -1
+    end: End = End.NO  # set to end the run before its last round
+    _last: Round | None = None
+    _verdict: Verdict = Verdict.NONE
+    _counted: tuple[int, ...] = field(default=())
+
+    def next_round(self) -> Round:
+        """The header of the next round, or the last header of the run."""
+        index, attempt = self.first_round, 0
+        if self._last is not None and self._verdict is Verdict.REPEAT:
+            index, attempt = self._last.index, self._last.attempt + 1
+        elif self._last is not None:
+            index = self._last.index + 1
+        end = self.end if self.end or index < self.rounds else End.FINISHED
+        cohort = () if end else sample(self.sampling, self.cohort_size, self.num_examples, self.seed, index, attempt)
+        self._last = Round(
+            index=index,
+            attempt=attempt,
+            cohort=cohort,
+            seed=seed_for(self.seed, "round", index, attempt),
+            scale=grid_scale(sum(self.most(client) for client in cohort), self.largest),
+            num_clients=len(self.num_examples),
+            verdict=self._verdict,
+            counted=self._counted,
+            durable=self.durable,
+            end=end,
+        )
+        self._verdict, self._counted = Verdict.NONE, ()
+        return self._last
+
+    def most(self, client: int) -> int:
+        """The most that an update of this client may weigh."""
+        return 1 if self.weights == "equal" else self.num_examples[client]
+
+    def weight(self, client: int, processed: float) -> int:
+        """What an update weighs. Identity and size come from the start of the run, never from the update."""
+        if self.weights == "processed":
+            return max(1, min(int(processed), self.num_examples[client]))
+        return self.most(client)
+
+    def judge(self, rnd: Round, counted: Sequence[int], failures: Mapping[int, str]) -> None:
+        """The verdict on a round whose updates are all in; too few of them are a QuorumLost."""
+        if len(counted) >= self.min_clients:
+            self._verdict, self._counted = Verdict.COUNTED, tuple(sorted(counted))
+            return
+        self._verdict, self._counted = Verdict.REPEAT, ()
+        reasons = "; ".join(f"client {client}: {why}" for client, why in sorted(failures.items()))
+        problem = f"round {rnd.index}: {len(counted)} updates of {len(rnd.cohort)}, --min_clients is {self.min_clients} ({reasons})"
+        if self.on_quorum_lost == "stop" or rnd.attempt + 1 >= MOST_ATTEMPTS:
+            self.end = End.GIVEN_UP
+            raise QuorumLost(f"{problem}; the run stops after attempt {rnd.attempt + 1}")
+        raise QuorumLost(f"{problem}; the round is repeated")

@@ -1,0 +1,253 @@
+"""Rounds, broadcast, gather: every rank makes the same calls in the same order.
+
+Who leads is decided once, at construction: the rank that holds a Conductor is the server, and a process without links is server and
+clients at once. This module must never know what is trained, or how.
+"""
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from fedmpi.errors import Aborted, FedmpiError, LinkError, ProtocolError, WorldError
+from fedmpi.ledger import Ledger
+from fedmpi.messages import Kind
+from fedmpi.round import End, Placement, Round, Verdict
+from fedmpi.seeding import seed_everything, seed_for
+from fedmpi.tensors import Tensors, num_bytes
+from fedmpi.transports.inbox import Message
+from fedmpi.federation.conductor import Conductor
+from fedmpi.federation.post import Post, content
+from fedmpi.federation.updates import Failure, Outcome, Party, Update, Vault
+
+SERVER = 0
+C = TypeVar("C", bound=Party)
+
+
+@dataclass
+class Federation:
+    """One run's view of the world from one rank."""
+
+    placement: Placement
+    rank: int = SERVER
+    post: Post | None = None  # None: this process is the whole world
+    conductor: Conductor | None = None  # held by the server alone
+    vault: Vault | None = None
+    outcome: Outcome = field(default_factory=Outcome)
+    ledger: Ledger = field(default_factory=Ledger)
+    _now: Round | None = None
+    _owned: dict[int, Tensors] = field(default_factory=dict)
+    _provisional: dict[int, Tensors] = field(default_factory=dict)
+
+    # ---- what an algorithm calls ----------------------------------------------------------------------------------------------
+
+    def rounds(self) -> Iterator[Round]:
+        """The rounds that the server announces. Reading a header settles the round before; the last header ends the loop."""
+        while True:
+            rnd = self._announce() if self.conductor is not None else self._follow()
+            self._settle(rnd)
+            self._now, self.outcome = rnd, Outcome()
+            if rnd.end:
+                return
+            yield rnd
+
+    def broadcast(self, tensors: Tensors | None) -> Tensors:
+        """The server's tensors, as every receiver decodes them. A rank without a client in the cohort gets nothing."""
+        rnd = self._now
+        if rnd is None:
+            raise RuntimeError("no round has begun: call this inside `for rnd in fed.rounds()`")
+        if tensors is not None:
+            return self._spread(rnd, tensors)
+        if self.post is None or not self._hosted_in(rnd):
+            return {}
+        message = self.post.expect(SERVER, Kind.BROADCAST, rnd.index, f"waiting for the broadcast of round {rnd.index}")
+        received = {name: tensor.clone() for name, tensor in self.post.tensors(message).items()}
+        message.release()
+        return received
+
+    def gather(self, rnd: Round, clients: Mapping[int, C], work: Callable[[C], Update]) -> Iterator[Update]:
+        """Run `work` for each client of the cohort that lives here; on the server, yield the updates of all in arrival order."""
+        outcomes = (self._attempt(rnd, clients[client], work) for client in self._hosted_in(rnd))
+        if self.post is None:
+            return self._judged(rnd, outcomes)
+        if self.conductor is not None:
+            return self._judged(rnd, self._arrivals(rnd, self.post))
+        for outcome in outcomes:  # now, not lazily: a client rank never reads what it gathered
+            self._hand_in(rnd, outcome, self.post)
+        return iter(())
+
+    @property
+    def end(self) -> End:
+        """Why no round follows; NO while one does."""
+        return self._now.end if self._now is not None else End.NO
+
+    def stop_wanted(self) -> bool:
+        """Whether another rank has been told to stop; the server asks before it announces the next round."""
+        return self.post is not None and self.post.transport.stop_wanted()
+
+    # ---- before the first round and after the last ----------------------------------------------------------------------------
+
+    def greet(self, experiment: str, num_examples: Mapping[int, int]) -> dict[int, int]:
+        """Leaders say for which experiment they are here and how large their clients are; the server refuses a stranger."""
+        if self.post is None:
+            return dict(num_examples)
+        if self.rank != SERVER:
+            examples = {str(client): num for client, num in num_examples.items()}
+            self.post.send_json(SERVER, Kind.HELLO, {"experiment": experiment, "examples": examples})
+            return {}
+        sizes: dict[int, int] = {}
+        for peer, greeting in self.post.from_each(Kind.HELLO, "greeting the clients"):
+            if greeting["experiment"] != experiment:
+                raise WorldError(
+                    f"rank {peer} runs experiment {greeting['experiment']}, the server {experiment}: give all ranks equal settings"
+                )
+            sizes.update(self._declared(peer, greeting["examples"]))
+        return sizes
+
+    def _declared(self, peer: int, examples: Mapping[str, Any]) -> dict[int, int]:
+        hosted = set(self.placement.hosted_by(peer))
+        sizes = {int(client): int(num) for client, num in examples.items()}
+        if set(sizes) != hosted or any(not 0 < num < 1 << 31 for num in sizes.values()):
+            raise ProtocolError(f"rank {peer} declares examples of clients {sizes}, expected clients {sorted(hosted)}, 1 or more each")
+        return sizes
+
+    def welcome(self, owned: Mapping[int, str], limit_bytes: int) -> None:
+        """The server says where the run stands; each rank takes up the client-owned state that the last durable round names."""
+        if self.post is not None and self.rank == SERVER:
+            self.post.transport.limit_bytes = max(self.post.transport.limit_bytes, limit_bytes)
+            said = {"owned": {str(client): sha for client, sha in owned.items()}, "limit_bytes": limit_bytes}
+            for peer in self.post.transport.peers:
+                self.post.send_json(peer, Kind.WELCOME, said)
+            return
+        if self.post is not None:
+            said = self.post.json(self.post.expect(SERVER, Kind.WELCOME, -1, "waiting for the server's welcome"))
+            self.post.transport.limit_bytes = max(self.post.transport.limit_bytes, int(said["limit_bytes"]))
+            owned = {int(client): str(sha) for client, sha in said["owned"].items()}
+        if self.vault is not None:
+            hosted = self.placement.hosted_by(self.rank)
+            self._owned = {client: self.vault.get(client, sha) for client, sha in owned.items() if client in hosted}
+
+    def farewell(self) -> None:
+        """Each client rank tells what it received; on links without a fault that is what the server sent."""
+        if self.post is None:
+            return
+        transport = self.post.transport
+        if self.rank != SERVER:
+            self.post.send_json(SERVER, Kind.FAREWELL, {"received_bytes": transport.received[SERVER].payload_bytes})
+            return
+        for peer, theirs in self.post.from_each(Kind.FAREWELL, "closing the ledger"):
+            if theirs["received_bytes"] != (sent := transport.sent[peer].payload_bytes):
+                raise LinkError(f"ledger: the server sent {sent} payload bytes to rank {peer}, which received {theirs['received_bytes']}")
+
+    def close_books(self) -> dict[str, int]:
+        """The bytes of the round: what carried tensors, and everything else as control bytes."""
+        return self.ledger.close_round(self.post.num_bytes() if self.post is not None else 0)
+
+    # ---- rounds ---------------------------------------------------------------------------------------------------------------
+
+    def _announce(self) -> Round:
+        assert self.conductor is not None
+        rnd = self.conductor.next_round()
+        if self.post is not None:
+            self.post.send_bytes(self.post.transport.peers, Kind.ROUND, rnd.pack(), rnd.index)
+        return rnd
+
+    def _follow(self) -> Round:
+        assert self.post is not None
+        message = self.post.receive({SERVER}, "waiting for the next round")
+        if message.header.kind is not Kind.ROUND:
+            raise ProtocolError(f"rank {SERVER} sent {message.header.kind.name}, expected a round header")
+        return Round.unpack(content(message), len(self.placement.leader_of))
+
+    def _settle(self, rnd: Round) -> None:
+        """State that a client made in a round is its own only once the server says that its update counted."""
+        if rnd.verdict is Verdict.COUNTED:
+            self._owned.update({c: state for c, state in self._provisional.items() if c in rnd.counted})
+        self._provisional = {}
+
+    def _hosted_in(self, rnd: Round) -> list[int]:
+        hosted = set(self.placement.hosted_by(self.rank))
+        return [client for client in rnd.cohort if client in hosted]
+
+    # ---- a client's side ------------------------------------------------------------------------------------------------------
+
+    def _attempt(self, rnd: Round, client: C, work: Callable[[C], Update]) -> Update | Failure:
+        """The client's boundary: what goes wrong inside is a Failure of this client, in this round, and of nobody else."""
+        seed_everything(seed_for(rnd.seed, "turn", client.id))
+        try:
+            update = work(replace(client, owned=self._owned.get(client.id)))  # type: ignore[type-var]
+        except Aborted:
+            raise
+        except Exception as error:  # the one broad except of the program
+            if not isinstance(error, FedmpiError):  # a fault of the program or the machine: its place matters
+                traceback.print_exc()
+            return Failure(client.id, type(error).__name__, " ".join(str(error).split())[:2000])
+        if update.owned is None:
+            return update
+        self._provisional[client.id] = update.owned
+        return replace(update, owned_sha256=self.vault.put(client.id, update.owned) if self.vault is not None else "")
+
+    def _hand_in(self, rnd: Round, outcome: Update | Failure, post: Post) -> None:
+        if isinstance(outcome, Failure):
+            said = {"kind": outcome.kind, "message": outcome.message}
+            post.send_json(SERVER, Kind.FAILURE, said, rnd.index, outcome.client)
+            return
+        note = {"metrics": outcome.metrics, "owned": outcome.owned_sha256}
+        post.send_json(SERVER, Kind.REPORT, note, rnd.index, outcome.client)
+        post.send_tensors((SERVER,), Kind.UPDATE, outcome.tensors, rnd.index, outcome.client)
+
+    # ---- the server's side ----------------------------------------------------------------------------------------------------
+
+    def _spread(self, rnd: Round, tensors: Tensors) -> Tensors:
+        """One copy to each rank that hosts a client of the cohort; alone, one for each client."""
+        if self.post is None:
+            self.ledger.down.update(dict.fromkeys(rnd.cohort, num_bytes(tensors)))
+            return tensors
+        first = {self.placement.leader_of[client]: client for client in reversed(rnd.cohort)}
+        self.ledger.down.update(dict.fromkeys(first.values(), num_bytes(tensors)))
+        return self.post.send_tensors(sorted(first), Kind.BROADCAST, tensors, rnd.index)
+
+    def _judged(self, rnd: Round, outcomes: Iterator[Update | Failure]) -> Iterator[Update]:
+        """Updates with their weights; failures go to the record; the end of the updates is the verdict."""
+        assert self.conductor is not None
+        for outcome in outcomes:
+            if isinstance(outcome, Failure):
+                self.outcome.failures[outcome.client] = outcome
+                continue
+            weight = self.conductor.weight(outcome.client, outcome.metrics.get("examples", 0.0))
+            update = replace(outcome, weight=weight)
+            self.ledger.up[update.client] += num_bytes(update.tensors)
+            self.outcome.note(update)
+            yield update
+        self.conductor.judge(rnd, self.outcome.counted, {c: str(f) for c, f in self.outcome.failures.items()})
+
+    def _arrivals(self, rnd: Round, post: Post) -> Iterator[Update | Failure]:
+        """Updates and failures as they come, until every client of the cohort has answered."""
+        missing = set(rnd.cohort)
+        notes: dict[int, dict[str, Any]] = {}
+        while missing:
+            began = time.monotonic()
+            leaders = {self.placement.leader_of[client] for client in missing}
+            message = post.receive(leaders, f"waiting in round {rnd.index} for clients {sorted(missing)}")
+            self.outcome.wait_s += time.monotonic() - began
+            self._belongs(message, rnd, missing)
+            client = message.header.client
+            if message.header.kind is Kind.REPORT:
+                notes[client] = post.json(message)
+                continue
+            missing.discard(client)
+            if message.header.kind is Kind.FAILURE:
+                yield Failure(client, **{key: str(value) for key, value in post.json(message).items()})
+                continue
+            note = notes.pop(client)
+            yield Update(client, post.tensors(message), note["metrics"], owned_sha256=note["owned"])
+            message.release()  # the consumer has asked for the next one: it is done with this
+
+    def _belongs(self, message: Message, rnd: Round, missing: set[int]) -> None:
+        """Identity comes from the link: a rank speaks for the clients that were placed on it, in this round, once."""
+        header = message.header
+        if header.kind not in (Kind.REPORT, Kind.UPDATE, Kind.FAILURE) or header.round != rnd.index:
+            raise ProtocolError(f"rank {message.peer} sent {header.kind.name} of round {header.round}, expected updates of round {rnd.index}")
+        if header.client not in missing or self.placement.leader_of[header.client] != message.peer:
+            raise ProtocolError(f"rank {message.peer} speaks for client {header.client}; missing in round {rnd.index}: {sorted(missing)}")

@@ -1,0 +1,140 @@
+"""The post: JSON and named tensors as messages over a transport. Tensors go as one buffer under a manifest that both sides agreed on.
+
+It knows links and messages; never rounds' meaning, clients' work or what is trained.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fedmpi import messages
+from fedmpi.errors import ProtocolError
+from fedmpi.messages import Header, Kind, Manifest
+from fedmpi.tensors import Tensors
+from fedmpi.transports.base import Transport
+from fedmpi.transports.inbox import Message
+
+MOST_JSON_BYTES = 1 << 20
+
+
+class Post:
+    """One rank's letters. A manifest is sent before its first use on a link and known by its hash from then on."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self._manifests: dict[int, Manifest] = {}
+        self._told: set[tuple[int, int]] = set()  # (peer, hash) that this rank has announced
+
+    def receive(self, peers: Collection[int], phase: str) -> Message:
+        """The next message of any of these peers, manifests aside: those are learnt on the way."""
+        while True:
+            with self._apart():
+                message = self.transport.receive(peers, phase)
+            if message.header.kind is not Kind.MANIFEST:
+                return message
+            self._learn(message)
+
+    def expect(self, peer: int, kind: Kind, round_index: int, phase: str) -> Message:
+        """The next message of this peer, which must be of this kind and round."""
+        message = self.receive({peer}, phase)
+        header = message.header
+        if header.kind is not kind or header.round != round_index:
+            raise ProtocolError(
+                f"rank {peer} sent {header.kind.name} of round {header.round}, expected {kind.name} of round {round_index}"
+            )
+        return message
+
+    def send_bytes(self, peers: Collection[int], kind: Kind, content: bytes, round_index: int = -1, client: int = -1) -> None:
+        """The same bytes to each of these peers."""
+        self._send(peers, Header(kind, round_index, client, len(content)), memoryview(content))
+
+    def send_json(self, peer: int, kind: Kind, value: Mapping[str, Any], round_index: int = -1, client: int = -1) -> None:
+        """One small object."""
+        self.send_bytes((peer,), kind, json.dumps(value).encode(), round_index, client)
+
+    def send_tensors(self, peers: Collection[int], kind: Kind, tensors: Tensors, round_index: int, client: int = -1) -> Tensors:
+        """One contiguous buffer to each of these peers; gives back what they will decode."""
+        manifest = messages.manifest_of(tensors)
+        for peer in peers:
+            self._announce(peer, manifest)
+        body = messages.pack(tensors, manifest)
+        header = Header(kind, round_index, client, manifest.num_bytes, manifest.hash)
+        self._send(peers, header, memoryview(body.numpy()))
+        return messages.unpack(body, manifest)
+
+    def tensors(self, message: Message) -> Tensors:
+        """The tensors of a message, as views of its buffer: they live until the message is released."""
+        header = message.header
+        manifest = self._manifests.get(header.manifest)
+        if manifest is None:
+            raise ProtocolError(f"rank {message.peer} sent {header.kind.name} under manifest {header.manifest:x}, which it never announced")
+        if manifest.num_bytes != header.length or message.payload is None:
+            raise ProtocolError(f"rank {message.peer} sent {header.length} bytes, its manifest says {manifest.num_bytes}")
+        return messages.unpack(message.payload, manifest)
+
+    def json(self, message: Message) -> dict[str, Any]:
+        """The object of a message."""
+        said = content(message)
+        try:
+            value = json.loads(said) if len(said) <= MOST_JSON_BYTES else None
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise ProtocolError(f"rank {message.peer} sent {message.header.kind.name} that is no JSON object of at most {MOST_JSON_BYTES} bytes")
+        return value
+
+    def from_each(self, kind: Kind, phase: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """One object of this kind from every peer, as they come."""
+        missing = set(self.transport.peers)
+        while missing:
+            message = self.receive(missing, phase)
+            if message.header.kind is not kind:
+                raise ProtocolError(f"rank {message.peer} sent {message.header.kind.name}, expected {kind.name}")
+            missing.discard(message.peer)
+            yield message.peer, self.json(message)
+
+    def num_bytes(self) -> int:
+        """All bytes that this rank has sent and received so far, heartbeats aside."""
+        traffic = (*self.transport.sent.values(), *self.transport.received.values())
+        return sum(way.payload_bytes + way.header_bytes for way in traffic)
+
+    def _send(self, peers: Collection[int], header: Header, payload: memoryview) -> None:
+        with self._apart():
+            if len(peers) == 1:
+                self.transport.send(*peers, header, payload)
+                return
+            for error in self.transport.send_all(peers, header, payload).values():
+                raise error
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Step back while waiting: ranks that are threads of one process compute in turns (torch's generator is global)."""
+        turn = self.transport.turn
+        turn.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            turn.__enter__()
+
+    def _announce(self, peer: int, manifest: Manifest) -> None:
+        self._manifests[manifest.hash] = manifest
+        if (peer, manifest.hash) in self._told:
+            return
+        said = manifest.to_json()
+        self._send((peer,), Header(Kind.MANIFEST, -1, -1, len(said), manifest.hash), memoryview(said))
+        self._told.add((peer, manifest.hash))
+
+    def _learn(self, message: Message) -> None:
+        manifest = Manifest.from_json(content(message))
+        if manifest.hash != message.header.manifest:
+            raise ProtocolError(f"rank {message.peer} announced manifest {message.header.manifest:x} and sent {manifest.hash:x}")
+        self._manifests[manifest.hash] = manifest
+        self._told.add((message.peer, manifest.hash))
+
+
+def content(message: Message) -> bytes:
+    """A message's payload as bytes of its own; its buffer is free again."""
+    said = b"" if message.payload is None else message.payload.numpy().tobytes()
+    message.release()
+    return said

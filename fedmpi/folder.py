@@ -1,0 +1,98 @@
+"""The run folder: what a run leaves behind, and what a restart finds. Only the server writes here (clients' own state aside)."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedmpi import config
+from fedmpi.checkpoint import Checkpoints, Committed, write_atomically
+from fedmpi.errors import CheckpointError, ConfigError
+
+
+@dataclass
+class RunFolder:
+    """One run's folder. `metrics.jsonl` holds committed rounds only; `pending` lines wait for the checkpoint that commits them."""
+
+    path: Path
+    experiment: str
+    keep: int
+    pending: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints of this run."""
+        return Checkpoints(self.path / "checkpoints", self.experiment, self.keep)
+
+    def claim(self, resume: str, settings: Mapping[str, Any]) -> None:
+        """Take the folder for this experiment, or say why it cannot be had; nothing in a foreign folder is touched."""
+        used = self.path.exists() and any(self.path.iterdir())
+        if used and resume == "never":
+            raise ConfigError(f"run_dir {self.path} is not empty and --resume is never: give an empty folder or --resume auto")
+        if not used and resume == "must":
+            raise ConfigError(f"run_dir {self.path} is empty and --resume is must: nothing to continue; check the path")
+        record = self.path / "record.json"
+        if used and not record.exists():
+            raise ConfigError(f"run_dir {self.path} is not empty and holds no fedmpi run: give another --run_dir")
+        if used and (found := json.loads(record.read_text(encoding="utf-8")).get("experiment")) != self.experiment:
+            raise ConfigError(
+                f"run_dir {self.path} belongs to experiment {found}, this configuration is {self.experiment}: "
+                "give another --run_dir, or the settings in its config.yaml"
+            )
+        write_atomically(record, json.dumps({"experiment": self.experiment}) + "\n")
+        write_atomically(self.path / "config.yaml", config.to_yaml(settings))
+
+    def resume(self) -> Committed | None:
+        """The last committed round, or None for a start."""
+        committed = self.checkpoints.latest()
+        self._mend(committed)
+        return committed
+
+    def _mend(self, committed: Committed | None) -> None:
+        """Bring metrics.jsonl back to what the checkpoint says: lines of lost rounds go, lines that a crash withheld come."""
+        last = committed.round if committed else -2
+        lines = [line for line in self.metrics() if line["round"] <= last]
+        known = {(line["round"], line.get("event")) for line in lines}
+        withheld = committed.record["lines"] if committed else []
+        lines += [line for line in withheld if (line["round"], line.get("event")) not in known]
+        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return list(read_lines(self.path / "metrics.jsonl"))
+
+    def publish(self) -> None:
+        """The pending lines are committed: write them out."""
+        try:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in self.pending)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}/metrics.jsonl could not be written ({error}): make room and start again") from error
+        self.pending = []
+
+    def summary(self) -> dict[str, Any] | None:
+        """What a finished run wrote at its end."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def write(self, name: str, value: Mapping[str, Any]) -> None:
+        """A small JSON file: summary.json, state.json."""
+        write_atomically(self.path / name, json.dumps(value, indent=2, default=_plain) + "\n")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return
+    lines: Sequence[str] = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            if number < len(lines):
+                raise CheckpointError(f"{path}, line {number}: not JSON; restore the file or give another --run_dir") from None
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | set) else str(value)

@@ -1,0 +1,124 @@
+"""What one process holds once for everybody it hosts: the frozen base with one adapter slot, the tokenizer, the rows.
+
+Everything is loaded on first use, so that a rank pays (and sees) only what its role needs. It must never know ranks or rounds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from fedmpi import data, evaluation, models, training
+from fedmpi.errors import ConfigError, DataError
+from fedmpi.tensors import Tensors
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Base:
+    """The frozen model and its tokenizer, loaded once."""
+
+    config: models.Config
+    peft: models.PeftConfig
+    device: str
+    seed: int
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The backbone's own tokenizer."""
+        return models.load_tokenizer(self.config)
+
+    @cached_property
+    def model(self) -> "PeftModel":
+        """The backbone with the adapter on it. Hosted clients take turns on it: each loads its own values first."""
+        return models.add_adapter(models.load_model(self.config, self.device), self.peft, self.seed)
+
+    @property
+    def pad_id(self) -> int:
+        """What fills batches up; masks come from lengths, so end-of-text will do."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id)
+
+
+@dataclass
+class Host:
+    """The base and the parties' rows, with the settings that say how they are used."""
+
+    base: Base
+    parties: data.Federated
+    data: data.Config
+    train: training.Config
+    eval: evaluation.Config
+    _examples: dict[int, list[data.Example]] = field(default_factory=dict)
+
+    def alone(self, client: int) -> "Host":
+        """The same process with one client of these as the only one: what a party could do by itself."""
+        rows = self.parties.clients[client].train
+        return self._with(data.ClientData(0, rows, self.parties.clients[client].heldout))
+
+    def pooled(self) -> "Host":
+        """The same process with all rows at one client: what could be done if the data were in one place."""
+        rows = [row for client in self.parties.clients for row in client.train]
+        return self._with(data.ClientData(0, rows, self.parties.heldout))
+
+    def _with(self, client: "data.ClientData") -> "Host":
+        return replace(self, parties=replace(self.parties, clients=(client,)), _examples={})
+
+    def examples(self, client: int) -> "list[data.Example]":
+        """A client's training examples, tokenised on first use."""
+        if client not in self._examples:
+            rows = self.parties.clients[client].train
+            examples, counts = data.tokenize(rows, self.base.tokenizer, self.data)
+            if not examples:
+                raise DataError(f"client {client}: none of its {len(rows)} rows has a token to learn from ({counts})")
+            self._examples[client] = examples
+        return self._examples[client]
+
+    @cached_property
+    def heldout(self) -> "list[data.Example]":
+        """The rows that nobody trained on, tokenised."""
+        return data.tokenize(self.parties.heldout, self.base.tokenizer, self.data)[0]
+
+    def score(self, adapter: Tensors) -> dict[str, float]:
+        """Held-out loss and token accuracy of an adapter on this base."""
+        models.load_trainable(self.base.model, adapter)
+        score = evaluation.heldout_loss(self.base.model, self.heldout, self.eval.batch_size, self.base.pad_id)
+        return {"eval_loss": score.loss, "eval_token_accuracy": score.token_accuracy}
+
+    def answer(self, adapter: Tensors) -> dict[str, Any]:
+        """Exact match of greedy answers on the held-out rows; nothing where the task asks for none."""
+        task = self.eval.task if self.eval.task != "auto" else ("exact_match" if self.data.name == "builtin:toy" else "none")
+        if task == "none":
+            return {}
+        models.load_trainable(self.base.model, adapter)
+        score = evaluation.exact_match(
+            self.base.model,
+            self.base.tokenizer,
+            self.parties.heldout[: self.eval.rows],
+            self.data.template,
+            self.eval.max_new_tokens,
+            self.eval.batch_size,
+        )
+        return {"exact_match": score.exact, "exact_match_by_category": {k: v[0] for k, v in score.by_category.items()}}
+
+
+def pick_device(asked: str, local_rank: int) -> str:
+    """cpu, or one of the GPUs that this rank shares with as few others as possible."""
+    if asked == "cpu":
+        return asked
+    import torch
+
+    found = torch.cuda.device_count()
+    if asked == "auto":
+        return f"cuda:{local_rank % found}" if found else "cpu"
+    if not found:
+        raise ConfigError(f"device {asked!r}: torch finds no GPU here; give cpu or auto")
+    return asked if ":" in asked else f"cuda:{local_rank % found}"
+
+
+def trained_share(tensors: Mapping[str, Any], model: Any) -> float:
+    """Trained parameters among all."""
+    return sum(t.numel() for t in tensors.values()) / sum(p.numel() for p in model.parameters())

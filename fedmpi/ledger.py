@@ -1,0 +1,23 @@
+"""The ledger: bytes that were sent, by direction, client and round. It counts what it is told; it never predicts and never sends."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Ledger:
+    """Tensor payloads by client, and everything else (manifests, headers, greetings, frames) as control bytes."""
+
+    up: Counter[int] = field(default_factory=Counter)  # this round, by client
+    down: Counter[int] = field(default_factory=Counter)  # this round, by the client that the copy was for
+    totals: Counter[str] = field(default_factory=Counter)
+    _links: int = 0  # all bytes on the links when the last round was closed
+
+    def close_round(self, links: int = 0) -> dict[str, int]:
+        """The round's figures, given all bytes that have been on the links so far; then the columns start anew."""
+        carried = self.up.total() + self.down.total()
+        control = links - self._links - carried if links else 0
+        row = {"up_bytes": self.up.total(), "down_bytes": self.down.total(), "control_bytes": control}
+        self.totals.update(row)
+        self.up, self.down, self._links = Counter(), Counter(), links
+        return row

@@ -1,0 +1,139 @@
+"""A recipe: everything a user can set for a run, composed from the houses' own settings. It checks what can be checked without a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any, Literal
+
+from fedmpi import config
+from fedmpi.data import Config as DataConfig
+from fedmpi.errors import ConfigError
+from fedmpi.evaluation import Config as EvalConfig
+from fedmpi.models import Config as ModelConfig
+from fedmpi.models import PeftConfig
+from fedmpi.training import Config as TrainConfig
+
+_NOT_THE_EXPERIMENT = ("run_dir", "resume", "transport", "ranks_per_client", "groups", "timeout_s", "keep", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of one run.
+
+    Args:
+        algorithm: a module of fedmpi.algorithms, or a dotted name outside the package
+        scenario: fed = the federation; local = every client alone; global = all data in one place; all = the three and a table
+        run_dir: where the run leaves its results; default runs/ALGORITHM-HASH, so that a restart finds it
+        rounds: communication rounds
+        seed: every random choice of the run comes from it
+        clients: number of clients; default what the data set fixes
+        clients_per_round: a number or a share such as 0.05; default all
+        sampling: all, uniform, weighted (by data size), or fixed:0,3,5
+        min_clients: fewer updates than this and the round does not count
+        weights: an update weighs its client's training examples, 1, or the examples processed in the round
+        ranks_per_client: ranks that train one client together
+        groups: unequal groups of ranks, such as [4, 2, 1]
+        threads: torch threads of every rank, whatever the launcher
+        device: auto, cpu, cuda, or cuda:1
+        timeout_s: seconds without a byte or a heartbeat after which a peer counts as silent
+        early_stop: stop after so many evaluations without a better held-out loss; 0 = never
+        resume: auto = continue a run of the same configuration; never = refuse a used folder; must = refuse an empty one
+        checkpoint_every: rounds between durable states
+        keep: checkpoints that are kept
+        eval_every: rounds between evaluations (the first is before round 0); 0 = only at the end
+        on_quorum_lost: repeat the round with a new cohort (three times at most), or stop
+        transport: auto, torch or mpi; decides where the environment is ambiguous
+    """
+
+    algorithm: str = "fedavg"
+    scenario: Literal["fed", "local", "global", "all"] = "fed"
+    run_dir: str | None = None
+    rounds: int = 10
+    seed: int = 0
+    clients: int | None = None
+    clients_per_round: str | int | float | None = None
+    sampling: str = "uniform"
+    min_clients: int = 1
+    weights: Literal["examples", "equal", "processed"] = "examples"
+    ranks_per_client: int = 1
+    groups: tuple[int, ...] = ()
+    threads: int = 1
+    device: str = "auto"
+    timeout_s: float = 60.0
+    early_stop: int = 0
+    resume: Literal["auto", "never", "must"] = "auto"
+    checkpoint_every: int = 1
+    keep: int = 2
+    eval_every: int = 1
+    on_quorum_lost: Literal["repeat", "stop"] = "repeat"
+    transport: Literal["auto", "torch", "mpi"] = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        at_least = {"rounds": 1, "min_clients": 1, "threads": 1, "checkpoint_every": 1, "keep": 1, "ranks_per_client": 1}
+        for key, least in at_least.items() | {"early_stop": 0, "eval_every": 0, "seed": 0}.items():
+            if getattr(self, key) < least:
+                raise ConfigError(f"{key} {getattr(self, key)}: at least {least} is needed")
+        if self.clients is not None and self.clients < 1:
+            raise ConfigError(f"clients {self.clients}: at least 1 is needed")
+        if not self.timeout_s > 0:
+            raise ConfigError(f"timeout_s {self.timeout_s}: give seconds above 0")
+        if self.sampling not in ("all", "uniform", "weighted") and not self.sampling.startswith("fixed:"):
+            raise ConfigError(f"sampling {self.sampling!r}: allowed are all, uniform, weighted, fixed:0,3,5")
+
+    def settings(self) -> dict[str, Any]:
+        """All settings as plain values."""
+        return config.as_dict(self)
+
+    def experiment(self) -> dict[str, Any]:
+        """The settings that can change results: two runs with equal ones are the same experiment."""
+        return {key: value for key, value in self.settings().items() if key not in _NOT_THE_EXPERIMENT}
+
+    def hash(self) -> str:
+        """The name of the experiment."""
+        return config.digest(self.experiment())
+
+
+def read(arguments: Sequence[str], program: str, about: str) -> tuple[Recipe, Any]:
+    """The recipe and the algorithm's own settings from a command line; none at all means the packaged quickstart."""
+    arguments = list(arguments) or ["--config", "builtin:quickstart"]
+    module = algorithm(_named(arguments))
+    group = module.__name__.rsplit(".", 1)[-1]
+    own = getattr(module, "Config", None)
+    namespace = config.parse(Recipe, arguments, program, about, {group: own} if own else {})
+    given: dict[str, Any] = {key: getattr(namespace, key) for key in Recipe.__dataclass_fields__}
+    return Recipe(**given), getattr(namespace, group, None)
+
+
+def algorithm(name: str) -> ModuleType:
+    """The module of an algorithm: one file in fedmpi/algorithms, or a dotted name that Python can import."""
+    try:
+        return import_module(name if "." in name else f"fedmpi.algorithms.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in (name, f"fedmpi.algorithms.{name}", name.split(".")[0]):
+            raise
+        raise ConfigError(f"algorithm {name!r} is not known; there are {', '.join(known_algorithms())}") from None
+
+
+def known_algorithms() -> list[str]:
+    """The algorithm files of the package."""
+    return sorted(module.name for module in iter_modules(import_module("fedmpi.algorithms").__path__))
+
+
+def _named(arguments: Sequence[str]) -> str:
+    """The algorithm that the arguments or their recipe name: its own settings join the parser before the rest is read."""
+    found: str = Recipe.algorithm
+    for position, argument in enumerate(arguments):
+        key, _, value = argument.partition("=")
+        value = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
+        if key == "--config":
+            found = config.peek(value).get("algorithm", found)
+        elif key == "--algorithm":
+            found = value
+    return found

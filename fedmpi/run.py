@@ -1,0 +1,189 @@
+"""The program: settings -> world -> federation -> for each round: run_round -> results. Every rank runs it.
+
+    python -m fedmpi.run                                     one process simulates the whole federation
+    torchrun --nproc_per_node 4 -m fedmpi.run                rank 0 serves, ranks 1 to 3 are clients
+    mpirun -n 4 python -m fedmpi.run --config RECIPE.yaml
+
+Exit codes: 0 finished, 1 failed, 2 the settings are not possible, 75 stopped by a signal after committing the round in hand.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmpi import config, recipe
+from fedmpi.errors import ConfigError, FedmpiError, WorldError
+from fedmpi.recipe import Recipe
+from fedmpi.world import World, from_environment
+
+if TYPE_CHECKING:
+    from fedmpi.federation.post import Post
+    from fedmpi.host import Host
+    from fedmpi.round import End
+    from fedmpi.session import Session, Stop
+    from fedmpi.transports.base import Transport
+
+FINISHED, FAILED, IMPOSSIBLE, STOPPED = 0, 1, 2, 75
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from a command line; gives the exit code."""
+    where = "fedmpi"
+    try:
+        wanted, own = recipe.read(sys.argv[1:] if arguments is None else arguments, "python -m fedmpi.run", __doc__ or "")
+        world = from_environment(os.environ, wanted.transport)
+        where = f"rank {world.rank}"
+        return start(wanted, own, world)
+    except (ConfigError, WorldError) as error:
+        config.fail(error, where)
+        return IMPOSSIBLE
+    except FedmpiError as error:
+        config.fail(error, where)
+        return FAILED
+
+
+def start(wanted: Recipe, own: Any, world: World) -> int:
+    """Open the links, run what the recipe's scenario asks for, close."""
+    import torch
+
+    from fedmpi.federation.post import Post
+    from fedmpi.session import Stop
+
+    torch.set_num_threads(wanted.threads)
+    stop = Stop()
+    stop.install()
+    if world.rank == 0:
+        print(f"fedmpi: {world.describe()}", flush=True)
+    with open_transport(world, wanted.timeout_s) as transport:
+        stop.post = Post(transport) if transport is not None else None
+        return Program(wanted, own, world, stop).run()
+
+
+def open_transport(world: World, timeout_s: float) -> "AbstractContextManager[Transport | None]":
+    """The links of this rank, or none where it is alone."""
+    if world.size == 1:
+        return nullcontext()
+    if world.transport == "mpi":
+        from fedmpi.transports import mpi
+
+        return mpi.open(world, timeout_s=timeout_s)
+    from fedmpi.transports import torch_dist
+
+    return torch_dist.open(world, timeout_s=timeout_s)
+
+
+@dataclass
+class Program:
+    """One rank's run of a recipe: one scenario, or all of them and a table."""
+
+    recipe: Recipe
+    own: Any
+    world: World
+    stop: "Stop"
+
+    def run(self) -> int:
+        """Gives the exit code, the same on every rank."""
+        from fedmpi.round import End
+
+        path = self._path()
+        if self.world.rank == 0:
+            from fedmpi.folder import RunFolder
+
+            RunFolder(path, self.recipe.hash(), self.recipe.keep).claim(self.recipe.resume, self.recipe.settings())
+        host = self._host()
+        names = ("local", "global", "fed") if self.recipe.scenario == "all" else (self.recipe.scenario,)
+        results: dict[str, Any] = {}
+        self._tell(path, "running")
+        for name in names:
+            folder = path / name if len(names) > 1 and name != "fed" else path
+            end, results[name] = self._fed(host, folder) if name == "fed" else self._solos(name, host, folder)
+            if end is not End.FINISHED:
+                self._tell(path, "preempted" if end is End.SIGNAL else "failed")
+                return STOPPED if end is End.SIGNAL else FAILED
+        self._tell(path, "finished")
+        if self.world.rank == 0:
+            show(results, path)
+        return FINISHED
+
+    def _host(self) -> "Host":
+        from fedmpi import data
+        from fedmpi.host import Base, Host, pick_device
+
+        wanted = self.recipe
+        device = pick_device(wanted.device, self.world.local_rank)
+        parties = data.federate(wanted.data, wanted.clients, wanted.seed)
+        return Host(Base(wanted.model, wanted.peft, device, wanted.seed), parties, wanted.data, wanted.train, wanted.eval)
+
+    def _path(self) -> Path:
+        return Path(self.recipe.run_dir or f"runs/{self.recipe.algorithm.rsplit('.', 1)[-1]}-{self.recipe.hash()}")
+
+    def _session(self, wanted: Recipe, host: "Host", path: Path, title: str, post: "Post | None") -> "Session":
+        from fedmpi.session import Session
+
+        facts = {"scenario": title, "launcher": self.world.launcher, "world": self.world.size, "transport": self.world.transport}
+        wanted = replace(wanted, resume="auto")  # the folder is claimed; what is in it is this run's own
+        return Session(wanted, recipe.algorithm(wanted.algorithm), host, path, title, self.stop, post, facts, self.world.rank != 0)
+
+    def _fed(self, host: "Host", path: Path) -> "tuple[End, Any]":
+        return self._session(self.recipe, host, path, "fed", self.stop.post).train()
+
+    def _solos(self, name: str, host: "Host", path: Path) -> "tuple[End, Any]":
+        """Federations of one, side by side on the ranks: every client alone, or one client that has all the data."""
+        from fedmpi.solo import Solo, run_solos
+
+        wanted = replace(self.recipe, scenario="fed", clients_per_round=None, sampling="all", min_clients=1)
+        if not wanted.early_stop:
+            wanted = replace(wanted, eval_every=0)  # only the end of a solo run stands in the table
+        if name == "global":
+            jobs = {0: self._session(wanted, host.pooled(), path, "global", None)}
+        else:
+            numbers = range(len(host.parties.clients))
+            jobs = {c: self._session(wanted, host.alone(c), path / "clients" / str(c), f"client {c}", None) for c in numbers}
+        return run_solos(name, {c: Solo(c, job) for c, job in jobs.items()}, self.recipe, self.stop)
+
+    def _tell(self, path: Path, state: str) -> None:
+        """RUN_DIR/state.json: what a batch script reads, where the exit code does not reach it."""
+        if self.world.rank == 0:
+            from fedmpi.checkpoint import write_atomically
+
+            write_atomically(path / "state.json", json.dumps({"state": state, "signal": self.stop.signal}) + "\n")
+
+
+def show(results: Mapping[str, Any], path: Path) -> None:
+    """The table at the end."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"results in {path}", title_justify="left")
+    for column, justify in (("trained on", "left"), ("held-out loss", "right"), ("exact match", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for name, scores in rows_of(results):
+        accuracy = scores.get("exact_match")
+        table.add_row(name, f"{scores['eval_loss']:.3f}", "-" if accuracy is None else f"{accuracy:.1%}")
+    Console(width=100).print(table)
+
+
+def rows_of(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
+    """Named scores, from the base to the federation."""
+    rows: list[tuple[str, Mapping[str, float]]] = []
+    if "fed" in results:
+        rows.append(("nothing (the base model)", results["fed"]["base"]))
+    if "local" in results:
+        alone = results["local"]
+        rows += [(f"client {client} alone", scores) for client, scores in sorted(alone.items())]
+        keys = set.intersection(*(set(scores) for scores in alone.values())) & {"eval_loss", "exact_match"}
+        rows.append(("mean of the clients alone", {key: sum(s[key] for s in alone.values()) / len(alone) for key in keys}))
+    if "global" in results:
+        rows.append(("all data in one place", results["global"][0]))
+    if "fed" in results:
+        rows.append(("the federation", results["fed"]["final"]))
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

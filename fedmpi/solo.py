@@ -1,0 +1,60 @@
+"""Federations of one, side by side: what each party could do alone, and what could be done with all data in one place.
+
+They are handed out by the same rounds and gather as everything else: one outer round in which a client's whole work is a run of its own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedmpi.errors import QuorumLost
+from fedmpi.federation.conductor import Conductor
+from fedmpi.federation.lockstep import SERVER, Federation
+from fedmpi.federation.updates import Update
+from fedmpi.round import End, place
+
+if TYPE_CHECKING:
+    from fedmpi.recipe import Recipe
+    from fedmpi.session import Session, Stop
+    from fedmpi.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Solo:
+    """One job: a whole run with a single client."""
+
+    id: int
+    session: "Session"
+    owned: "Tensors | None" = None
+
+
+def run_solos(name: str, jobs: Mapping[int, Solo], recipe: "Recipe", stop: "Stop") -> tuple[End, dict[int, Any]]:
+    """Run all jobs on whatever ranks there are; the server learns every job's final scores."""
+    rank, size = (SERVER, 1) if stop.post is None else (stop.post.transport.rank, stop.post.transport.size)
+    fed = Federation(place(len(jobs), size), rank, stop.post)
+    fed.greet(recipe.hash(), dict.fromkeys(fed.placement.hosted_by(rank), 1))
+    if rank == SERVER:
+        end = End.SIGNAL if stop.signal else End.NO
+        fed.conductor = Conductor([1] * len(jobs), 1, recipe.seed, len(jobs), "all", "equal", len(jobs), "stop", end=end)
+    fed.welcome({}, 1 << 20)
+    finals: dict[int, Any] = {}
+    ends: set[End] = set()
+    for rnd in fed.rounds():
+        try:
+            for update in fed.gather(rnd, jobs, _run):
+                finals[update.client] = update.metrics["final"]
+                ends.add(End(update.metrics["end"]))
+                print(f"{name}: {len(finals)} of {len(jobs)} done", flush=True)
+        except QuorumLost:
+            if fed.conductor is None:
+                raise
+            print(f"fedmpi: {name}: {'; '.join(map(str, fed.outcome.failures.values()))}", flush=True)
+        if fed.conductor is not None and (End.SIGNAL in ends or stop.signal or fed.stop_wanted()):
+            fed.conductor.end = End.SIGNAL
+    fed.farewell()
+    return fed.end, finals
+
+
+def _run(job: Solo) -> Update:
+    end, summary = job.session.train()
+    return Update(job.id, {}, {"end": int(end), "final": summary["final"] if summary else {}})
