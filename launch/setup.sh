@@ -6,16 +6,19 @@ venv=${VENV:-$repository/.venv}
 python=$venv/bin/python
 cpu_wheels=https://download.pytorch.org/whl/cpu
 
-# setup EXTRAS: an environment with the package and these extras; does nothing when that was done before.
+# setup EXTRA...: an environment with the package and these extras; does nothing for what was installed before.
 setup() {
-  local stamp="$venv/.fedmpi-$1" wanted
+  local wanted extra missing=
   wanted=$(cat "$repository/pyproject.toml" "$repository/constraints.txt" "$repository/launch/setup.sh" | cksum)" $repository"
-  if usable "$python" && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
   usable "$python" || make_venv "$venv"
-  echo "installing fedmpi[$1] into $venv"
+  for extra in "$@"; do
+    [ "$(cat "$venv/.fedmpi-$extra" 2>/dev/null)" = "$wanted" ] || missing+=",$extra"
+  done
+  [ -n "$missing" ] || return 0
+  echo "installing fedmpi[${missing#,}] into $venv"
   have torch || pip_install $(cpu_only_index) torch
-  pip_install --editable "$repository[$1]"
-  echo "$wanted" >"$stamp"
+  pip_install --editable "$repository[${missing#,}]"
+  for extra in "$@"; do echo "$wanted" >"$venv/.fedmpi-$extra"; done
 }
 
 usable() {

@@ -1,9 +1,12 @@
-"""Fixtures of the launch tests: a Slurm cluster, shared by the whole session."""
+"""Fixtures of the launch tests: one Slurm cluster, and one undisturbed run in one process, for the whole session."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing_programs, running_cluster
+from program import PROGRAM, adapter_of, run
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +16,11 @@ def slurm() -> Iterator[Cluster]:
         pytest.skip(f"no Slurm here: {', '.join(missing)} not found (Debian: munge slurmctld slurmd slurm-client)")
     with running_cluster() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The adapter of `python -m fedmpi.run` in one process: what every launcher and every placement has to reach."""
+    folder: Path = tmp_path_factory.mktemp("one-process")
+    run([sys.executable, *PROGRAM, "--run_dir", "run"], folder)
+    return adapter_of(folder / "run")

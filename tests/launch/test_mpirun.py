@@ -1,0 +1,40 @@
+"""mpirun of Open MPI and of MPICH: the same bytes, and a rank that fails ends the job on all of them."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from program import RECIPE, REPOSITORY, adapter_of, run
+
+pytestmark = pytest.mark.mpi
+MPIRUN = ("bash", str(REPOSITORY / "launch/mpirun.sh"), "4", "--config", str(RECIPE), "--run_dir", "run")
+OPEN_MPI = Path(sys.prefix)
+MPICH = Path(os.environ.get("FEDMPI_TEST_MPICH", f"{sys.prefix}-mpich"))
+
+
+def environment_of(mpi: Path) -> dict[str, str]:
+    if not (mpi / "bin" / "mpirun").exists():
+        pytest.skip(f"no {mpi / 'bin' / 'mpirun'}: launch/test.sh makes this environment")
+    return {"VENV": str(mpi)}
+
+
+@pytest.mark.parametrize(("mpi", "name"), [(OPEN_MPI, "Open MPI"), (MPICH, "MPICH")], ids=["openmpi", "mpich"])
+def test_four_ranks_give_the_same_bytes(mpi: Path, name: str, tmp_path: Path, expected: str) -> None:
+    output = run(MPIRUN, tmp_path, **environment_of(mpi))
+    assert f"4 ranks from mpirun of {name}, transport mpi" in output
+    assert adapter_of(tmp_path / "run") == expected
+
+
+def test_torch_links_under_mpirun(tmp_path: Path, expected: str) -> None:
+    output = run([*MPIRUN, "--transport", "torch"], tmp_path, **environment_of(OPEN_MPI))
+    assert "4 ranks from mpirun of Open MPI, transport torch" in output
+    assert adapter_of(tmp_path / "run") == expected
+
+
+@pytest.mark.parametrize("mpi", [OPEN_MPI, MPICH], ids=["openmpi", "mpich"])
+def test_a_data_file_that_is_not_there_ends_every_rank(mpi: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere.jsonl"
+    command = [*MPIRUN, "--data.name", "json", "--data.path", str(missing), "--data.splitter", "iid"]
+    output = run(command, tmp_path, code=1, **environment_of(mpi))
+    assert str(missing) in output and "Traceback" not in output
