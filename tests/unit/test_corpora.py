@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmpi import config, data
+from fedmpi import data
 from fedmpi.data import __main__ as program
 from fedmpi.errors import ConfigError, DataError
 
@@ -225,9 +225,12 @@ def test_record_is_plain_json_without_a_path(tmp_path):
     assert record["train_rows"] == [54, 27] and record["published_rows"] == [15011, 0]
 
 
-def test_settings_survive_yaml():
-    settings = data.Config(name="json", path="x", fields={"instruction": "q"})
-    assert config.as_dict(settings)["fields"] == {"instruction": "q"}
+def test_fields_from_a_recipe(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [{"q": f"Q{i}", "a": "A"} for i in range(6)])
+    settings = {"name": "json", "path": str(path), "fields": {"instruction": "q", "response": "a"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"clients": 3, "data": settings}))
+    assert program.main(["--config", str(tmp_path / "recipe.yaml")]) == 0
+    assert "3 clients, 3 training rows" in capsys.readouterr().out
 
 
 def test_the_house_opens_without_heavy_packages():

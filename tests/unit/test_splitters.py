@@ -103,12 +103,18 @@ def test_tiny_alpha_deals_every_row():
 
 
 def test_balance_stops_filling_clients_that_have_their_share():
-    """Shepherd's own setting: 100 clients of unequal volume, none under 40 rows. Without balance no draw gives it."""
+    labels = labels_of(dict.fromkeys("abcdefghij", 20))
+    options = {"alpha": 0.2, "balance": True}
+    balanced = [max(map(len, split(labels, 5, "dirichlet", seed, **options))) for seed in range(10)]
+    free = [max(map(len, split(labels, 5, "dirichlet", seed, alpha=0.2))) for seed in range(10)]
+    assert max(balanced) < 40 + 20 <= max(free)  # its even share and one more category
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42])
+def test_shepherds_setting_has_unequal_volumes_none_too_small(seed):
     labels = labels_of(dict(zip("abcdefgh", [1756, 2126, 1763, 699, 2181, 1496, 3732, 1178], strict=True)))
-    sizes = sorted(map(len, split(labels, 100, "dirichlet", 0, min_rows=40, balance=True)))
-    assert sizes[0] >= 40 and sizes[-1] > 2 * sizes[0]
-    full = [len(rows) >= len(labels) / 2 for rows in split(labels, 2, "dirichlet", 0, alpha=0.05, balance=True)]
-    assert any(full)
+    sizes = sorted(map(len, split(labels, 100, "dirichlet", seed, min_rows=40, balance=True)))
+    assert sizes[0] >= 40 and sizes[-1] > 4 * sizes[0]
 
 
 def test_rows_of_a_test_split_follow_the_training_rows():
