@@ -82,20 +82,13 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, config: Config) -> tuple[list[
     """Token ids and labels of each row. Prompt and response are encoded apart, so that the boundary is exact."""
     prompts = encode_prompts([render(row.instruction, row.input, config.template) for row in rows], tokenizer)
     responses = [[*ids, tokenizer.eos_token_id] for ids in _encode([row.output for row in rows], tokenizer)]
-    whole = [_fit(prompt, response, config.max_length) for prompt, response in zip(prompts, responses, strict=True)]
-    examples = [_example(prompt, response, row.id) for row, (prompt, response) in zip(rows, whole, strict=True)]
+    whole = list(zip(prompts, responses, strict=True))
+    fitted = [_fit(prompt, response, config.max_length) for prompt, response in whole]
+    examples = [_example(prompt, response, row.id) for row, (prompt, response) in zip(rows, fitted, strict=True)]
     kept = [example for example in examples if num_supervised(example.labels)]
-    lengths = [
-        (len(prompt) + len(response), len(response)) for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    fitted = [(len(prompt) + len(response), len(response)) for prompt, response in whole]
-    return kept, Counts(
-        rows=len(rows),
-        cut=sum(before[0] > after[0] for before, after in zip(lengths, fitted, strict=True)),
-        dropped=len(examples) - len(kept),
-        tokens=sum(len(example.input_ids) for example in kept),
-        cut_responses=sum(before[1] > after[1] for before, after in zip(lengths, fitted, strict=True)),
-    )
+    cut = [len(before[1]) > len(after[1]) for before, after in zip(whole, fitted, strict=True) if before != after]
+    tokens = sum(len(example.input_ids) for example in kept)
+    return kept, Counts(len(rows), len(cut), len(examples) - len(kept), tokens, sum(cut))
 
 
 def num_supervised(labels: Sequence[int]) -> int:
@@ -112,7 +105,8 @@ def _template(name: str) -> Template:
 def _encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     if not texts:
         return []
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+    bare = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    return tokenizer(list(texts), verbose=False, **bare)["input_ids"]  # type: ignore[no-any-return]
 
 
 def _fit(prompt: list[int], response: list[int], max_length: int) -> tuple[list[int], list[int]]:

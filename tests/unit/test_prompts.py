@@ -17,7 +17,7 @@ class Words:
     def __init__(self, bos=BOS):
         self.bos_token_id, self.seen, self.calls = bos, {}, 0
 
-    def __call__(self, texts, add_special_tokens, verbose):
+    def __call__(self, texts, add_special_tokens, **_):
         assert add_special_tokens is False
         self.calls += 1
         return {"input_ids": [[self.seen.setdefault(word, 10 + len(self.seen)) for word in t.split()] for t in texts]}
