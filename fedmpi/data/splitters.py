@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy
+from numpy.typing import NDArray
 
 from fedmpi.errors import DataError
 from fedmpi.seeding import seed_for
@@ -95,7 +96,7 @@ def _dirichlet(
 
 def _draw_counts(
     sizes: list[int], clients: int, alpha: float, balance: bool, rng: numpy.random.Generator
-) -> numpy.typing.NDArray[numpy.int64]:
+) -> NDArray[numpy.int64]:
     """Rows of each category (first axis) for each client (second axis)."""
     counts = numpy.zeros((len(sizes), clients), dtype=numpy.int64)
     even_share = sum(sizes) / clients
@@ -111,7 +112,7 @@ def _draw_counts(
     return counts
 
 
-def _apportion(size: int, shares: numpy.typing.NDArray[numpy.float64]) -> numpy.typing.NDArray[numpy.int64]:
+def _apportion(size: int, shares: NDArray[numpy.float64]) -> NDArray[numpy.int64]:
     """Whole numbers nearest to the shares that sum to `size`; what rounding leaves goes to the largest remainders."""
     exact = shares * size
     counts = numpy.floor(exact).astype(numpy.int64)
@@ -120,14 +121,12 @@ def _apportion(size: int, shares: numpy.typing.NDArray[numpy.float64]) -> numpy.
     return counts
 
 
-def _deal(rows: numpy.typing.NDArray[numpy.int64], shares: numpy.typing.NDArray[numpy.float64], dealt: Split) -> None:
+def _deal(rows: NDArray[numpy.int64], shares: NDArray[numpy.float64], dealt: Split) -> None:
     for client, part in enumerate(numpy.split(rows, numpy.cumsum(_apportion(len(rows), shares))[:-1])):
         dealt[client].extend(part.tolist())
 
 
-def _by_category(
-    labels: Sequence[str], rng: numpy.random.Generator
-) -> list[tuple[str, numpy.typing.NDArray[numpy.int64]]]:
+def _by_category(labels: Sequence[str], rng: numpy.random.Generator) -> list[tuple[str, NDArray[numpy.int64]]]:
     """Categories in alphabetical order, each with its rows in a random order."""
     rows: dict[str, list[int]] = {}
     for index, label in enumerate(labels):
@@ -135,5 +134,5 @@ def _by_category(
     return [(label, rng.permutation(numpy.array(rows[label], dtype=numpy.int64))) for label in sorted(rows)]
 
 
-def _sorted(parts: Sequence[Sequence[int] | numpy.typing.NDArray[numpy.int64]]) -> Split:
+def _sorted(parts: Sequence[Sequence[int] | NDArray[numpy.int64]]) -> Split:
     return [sorted(int(i) for i in part) for part in parts]
