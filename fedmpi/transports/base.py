@@ -35,7 +35,7 @@ class Transport:
         timeout_s: float,
         chunk_bytes: int = CHUNK_BYTES,
         turn: AbstractContextManager[object] | None = None,
-        last_resort: Callable[[str], None] | None = None,
+        last_resort: Callable[[], None] | None = None,
     ) -> None:
         self.rank, self.size, self.peers, self.timeout_s = rank, size, tuple(sorted(wires)), timeout_s
         self.limit_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # more could not be held anyway
@@ -77,7 +77,7 @@ class Transport:
         return {peer: _expected(error) for peer, error in failed.items() if error is not None}
 
     def receive(self, peers: Collection[int] | None = None, phase: str = "receive") -> Message:
-        """The next message, in arrival order, of any of these peers (default: all). Lasts as long as all of them live."""
+        """The next message, in arrival order, of any of these peers (default: all). Waits while all of them live."""
         wanted = frozenset(self.peers if peers is None else peers)
         if not wanted:
             raise LinkError(f"{phase}: rank {self.rank} of {self.size} has nobody to receive from")
@@ -125,7 +125,7 @@ class Transport:
         clean = self._wait_for_ends(min(GRACE_S, self.timeout_s))
         self._shut()
         if self._last_resort is not None and not clean:
-            self._last_resort(str(self._aborted))
+            self._last_resort()
 
     def close(self) -> None:
         """Leave in good order: wait until every peer that lives has said goodbye too."""

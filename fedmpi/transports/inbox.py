@@ -83,9 +83,9 @@ class Inbox:
     def spoil(self, peer: int) -> None:
         """A message from `peer` that was on its way will not come."""
         with self._state:
-            buffer = self._filling.pop(peer, None)
-            if buffer is not None:
-                self.give(buffer)
+            if self._filling.pop(peer, None) is not None:
+                self._in_use -= 1  # the buffer is not used again: the wire's library may still write into it
+                self._state.notify_all()
 
     def put(self, peer: int, header: Header, payload: torch.Tensor | None) -> None:
         """A whole message has come."""

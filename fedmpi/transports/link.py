@@ -23,7 +23,7 @@ MAX_ABORT_BYTES = 4096
 
 
 class Wire(Protocol):
-    """An ordered pipe of bytes to one peer. Broken or closed, it raises ConnectionError, also in who is blocked on it."""
+    """An ordered pipe of bytes to one peer. Broken or closed, it raises ConnectionError in all who wait on it."""
 
     def write(self, *parts: memoryview) -> None:
         """Send all bytes of the parts, each as a piece that the other side reads in the same size."""

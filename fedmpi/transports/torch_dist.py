@@ -1,8 +1,8 @@
 """Links over gloo: for each link a bare process group of two, so that a death or a timeout harms that link alone.
 
 What gloo taught (torch 2.13, run):
-- A wait that times out closes the pair, for good and on both sides. So waits have next to no limit, the watchdog decides
-  who is silent, and a wire is closed by a receive that times out at once: abort() and shutdown() wake no blocked thread.
+- A wait that times out closes the pair, for good and on both sides. So waits have next to no limit, the watchdog
+  decides who is silent, and a wire is closed by a receive that times out: abort() and shutdown() wake nobody.
 - A piece longer than the receive that meets it ends the receiving process inside C++. So both sides know every size.
 - A store client that blocks holds a lock. So the rendezvous polls, and after it nobody needs the store.
 
@@ -152,7 +152,7 @@ class Rendezvous:
 
 
 def _device(world: World, host: str) -> ProcessGroupGloo.Device:
-    """The network interface that reaches the store also reaches the peers; GLOO_SOCKET_IFNAME overrides, as in torch."""
+    """The interface that reaches the store also reaches the peers; GLOO_SOCKET_IFNAME overrides, as in torch."""
     if "GLOO_SOCKET_IFNAME" not in os.environ:
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))  # sends nothing, only chooses its own address

@@ -1,0 +1,243 @@
+"""Links over MPI: pieces of bytes on a duplicate of COMM_WORLD, with a tag per generation of a link.
+
+What MPI taught (Open MPI 5 and MPICH, run):
+- A blocking Recv burns a core. So one thread asks after all operations, and sleeps longer the longer nothing comes.
+- It makes each call under one lock, so MPI.THREAD_SERIALIZED is enough.
+- Leaving with an exception hangs in MPI_Finalize while a peer is stuck. So the last thing such a rank does is Abort.
+
+This is the only module that imports mpi4py. It must never know messages or clients.
+"""
+
+import atexit
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from time import monotonic, sleep
+from types import ModuleType
+from typing import Any
+
+from fedmpi.errors import WorldError
+from fedmpi.messages import CHUNK_BYTES
+from fedmpi.transports.base import GRACE_S, Transport
+from fedmpi.world import World
+
+MIN_PAUSE_S, MAX_PAUSE_S = 20e-6, 2e-3
+PATIENCE = 0.1  # a pause is this share of the time that nothing has come
+ARRIVAL, VERDICT = 1, 2  # tags on COMM_WORLD
+MAX_VERDICT_BYTES = 1024
+EXIT_CODE = 1
+
+
+@dataclass(eq=False)
+class Operation:
+    """Requests that somebody waits for: `then` is called once, when all are done or given up."""
+
+    requests: Sequence[Any]
+    receives: bool
+    then: Callable[[], None]
+    error: str = ""
+
+
+class Progress:
+    """The one thread that asks MPI how the pending operations stand."""
+
+    def __init__(self, mpi: ModuleType) -> None:
+        self.lock = threading.Lock()  # around every call of MPI
+        self._mpi = mpi
+        self._pending: list[Operation] = []
+        self._posted = threading.Event()
+        self._over = False
+        self._thread = threading.Thread(target=self._run, name="mpi-progress", daemon=True)
+        self._thread.start()
+
+    def start(self, post: Callable[[], Sequence[Any]], receives: bool, then: Callable[[], None]) -> Operation:
+        """Post requests and watch over them."""
+        with self.lock:
+            operation = Operation(post(), receives, then)
+            self._pending.append(operation)
+        self._posted.set()
+        return operation
+
+    def cancel(self, operations: Iterable[Operation], error: str) -> None:
+        """Give operations up. The requests stay with us, for they keep the memory that MPI may still touch."""
+        with self.lock:
+            given_up = [one for one in operations if one in self._pending and not one.error]
+            for operation in given_up:
+                operation.error = error
+                if operation.receives:  # a send cannot be cancelled; it is just not waited for
+                    for request in operation.requests:
+                        request.Cancel()
+        for operation in given_up:
+            then, operation.then = operation.then, _nothing
+            then()
+
+    def stop(self) -> None:
+        """End the thread: nobody may call MPI after MPI_Finalize."""
+        self._over = True
+        self._posted.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        last = monotonic()
+        while not self._over:
+            with self.lock:
+                finished = [operation for operation in self._pending if self._test(operation)]
+                self._pending = [operation for operation in self._pending if operation not in finished]
+            for operation in finished:
+                operation.then()
+            now = monotonic()
+            last = now if finished or self._posted.is_set() else last
+            self._posted.clear()
+            self._posted.wait(min(MAX_PAUSE_S, max(MIN_PAUSE_S, PATIENCE * (now - last))) if self._pending else None)
+
+    def _test(self, operation: Operation) -> bool:
+        try:
+            return bool(self._mpi.Request.Testall(operation.requests))
+        except self._mpi.Exception as error:
+            operation.error = operation.error or str(error)
+            return True
+
+
+def _nothing() -> None:
+    """What follows on an operation that was given up before."""
+
+
+class MpiWire:
+    """One generation of a link. A second tag tells the other side that this one was closed."""
+
+    def __init__(self, mpi: ModuleType, comm: Any, progress: Progress, peer: int, generation: int) -> None:
+        self._byte, self._comm, self._progress, self._peer = mpi.BYTE, comm, progress, peer
+        self._tag, self._cut_tag = 2 * generation, 2 * generation + 1
+        self._state = threading.Lock()
+        self._closed = ""
+        self._operations: set[Operation] = set()
+        space = bytearray(1)
+        self._cut = progress.start(
+            lambda: [comm.Irecv([space, mpi.BYTE], peer, self._cut_tag)],
+            True,
+            lambda: self._break("it closed the link"),
+        )
+
+    def write(self, *parts: memoryview) -> None:
+        """Post all parts, then wait for them."""
+        self._do(lambda: [self._comm.Isend([part, self._byte], self._peer, self._tag) for part in parts], False)
+
+    def read(self, *parts: memoryview) -> None:
+        """Post all parts, then wait for them."""
+        self._do(lambda: [self._comm.Irecv([part, self._byte], self._peer, self._tag) for part in parts], True)
+
+    def close(self) -> None:
+        """Tell the other side, and give up all that is pending on this one."""
+        if not self._closed:
+            post = [self._comm.Isend, [b"", self._byte], self._peer, self._cut_tag]
+            self._progress.start(lambda: [post[0](*post[1:])], False, _nothing)
+        self._break("this side closed the link")
+
+    def _do(self, post: Callable[[], Sequence[Any]], receives: bool) -> None:
+        done = threading.Event()
+        with self._state:
+            if self._closed:
+                raise ConnectionError(self._closed)
+            operation = self._progress.start(post, receives, done.set)
+            self._operations.add(operation)
+        done.wait()
+        with self._state:
+            self._operations.discard(operation)
+        if operation.error:
+            raise ConnectionError(operation.error)
+
+    def _break(self, reason: str) -> None:
+        with self._state:
+            self._closed = self._closed or reason
+            operations = {*self._operations, self._cut}
+        self._progress.cancel(operations, self._closed)
+
+
+def _load() -> ModuleType:
+    """mpi4py with a library under it, good enough for a thread of ours."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise WorldError(f"--transport mpi needs mpi4py and an MPI: pip install 'fedmpi[mpi]' ({reason})") from None
+    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+        raise WorldError(
+            f"MPI gives thread level {MPI.Query_thread()}, but SERIALIZED is needed: unset MPI4PY_RC_THREAD_LEVEL"
+        )
+    MPI.COMM_WORLD.Set_errhandler(MPI.ERRORS_RETURN)
+    return MPI
+
+
+def _finish(mpi: ModuleType, requests: Sequence[Any], timeout_s: float) -> list[int]:
+    """Wait for requests without burning a core; the indices of those that are not done in time."""
+    deadline = monotonic() + timeout_s
+    while (late := [index for index, request in enumerate(requests) if not request.Test()]) and monotonic() < deadline:
+        sleep(MAX_PAUSE_S)
+    return late
+
+
+def _meet(mpi: ModuleType, world: World, timeout_s: float) -> None:
+    """Wait until every rank has arrived. All ranks get the same verdict, which names who is missing."""
+    everyone, space = mpi.COMM_WORLD, bytearray(MAX_VERDICT_BYTES)
+    others = range(1, world.size)
+    if world.rank:
+        arrival = everyone.Isend([b"", mpi.BYTE], 0, ARRIVAL)
+        late = _finish(mpi, [everyone.Irecv([space, mpi.BYTE], 0, VERDICT), arrival], timeout_s + GRACE_S)
+        verdict = space.rstrip(b"\0").decode()
+        if late:
+            verdict = f"rank 0 of {world.size} did not arrive within {timeout_s:g} s; see its output"
+    else:
+        late = _finish(mpi, [everyone.Irecv([bytearray(1), mpi.BYTE], rank, ARRIVAL) for rank in others], timeout_s)
+        verdict = _complaint([others[index] for index in late], world.size, timeout_s)
+        text = verdict.encode()[:MAX_VERDICT_BYTES]
+        _finish(mpi, [everyone.Isend([text, mpi.BYTE], rank, VERDICT) for rank in others], GRACE_S)
+    if verdict:
+        _abort_at_exit(mpi)
+        raise WorldError(verdict)
+
+
+def _complaint(missing: list[int], size: int, timeout_s: float) -> str:
+    if not missing:
+        return ""
+    here = ", ".join(str(rank) for rank in range(size) if rank not in missing)
+    who = ", ".join(map(str, missing))
+    return (
+        f"rank {who} of {size} did not arrive within {timeout_s:g} s; arrived: {here}; see the output of those missing"
+    )
+
+
+def _abort_at_exit(mpi: ModuleType) -> None:
+    """After the program has shown its error, end the job instead of waiting in MPI_Finalize for who will not come."""
+    atexit.register(mpi.COMM_WORLD.Abort, EXIT_CODE)
+
+
+def open(world: World, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES) -> Transport:
+    """Meet the other ranks and link up: the server to every client rank, a client rank to the server."""
+    mpi = _load()
+    if (mpi.COMM_WORLD.rank, mpi.COMM_WORLD.size) != (world.rank, world.size):
+        found = f"MPI says rank {mpi.COMM_WORLD.rank} of {mpi.COMM_WORLD.size}"
+        raise WorldError(
+            f"expected rank {world.rank} of {world.size}, {found}: was this started by the mpirun of this MPI?"
+        )
+    _meet(mpi, world, timeout_s)
+    comm, duplicated = mpi.COMM_WORLD.Idup()
+    if _finish(mpi, [duplicated], timeout_s):
+        _abort_at_exit(mpi)
+        raise WorldError(f"rank {world.rank} of {world.size}: MPI_Comm_idup did not finish within {timeout_s:g} s")
+    progress = Progress(mpi)
+    atexit.register(progress.stop)
+    generations = dict.fromkeys([0] if world.rank else range(1, world.size), 0)
+
+    def connect(peer: int) -> MpiWire:
+        generations[peer] += 1
+        return MpiWire(mpi, comm, progress, peer, generations[peer])
+
+    return Transport(
+        world.rank,
+        world.size,
+        {peer: connect(peer) for peer in generations},
+        connect,
+        timeout_s=timeout_s,
+        chunk_bytes=chunk_bytes,
+        last_resort=lambda: _abort_at_exit(mpi),
+    )
