@@ -4,6 +4,7 @@ Every rank of a client draws the same batches and keeps its share, so that count
 K ranks with batch b give the step of one rank with batch K * b.
 """
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -46,6 +47,11 @@ class Engine:
             dist.all_reduce(values)
         return values
 
+    def close(self) -> None:
+        """Let go of the process group now: while anything holds it, the other members do not see that this one left."""
+        if isinstance(self.model, DistributedDataParallel):
+            del self.model.reducer, self.model.logger, self.model.process_group
+
 
 def start(name: str, model: torch.nn.Module, device: torch.device) -> Engine:
     """The engine of that name around a model whose weights are equal on all its ranks."""
@@ -56,7 +62,9 @@ def start(name: str, model: torch.nn.Module, device: torch.device) -> Engine:
     if dist.get_world_size() == 1:
         return Engine(model)
     # The base is the same file on every rank and the adapter came by the leader: sending both again would cost a model.
-    wrapped = DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, init_sync=False, broadcast_buffers=False
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the successor of broadcast_buffers is younger than our oldest torch
+        wrapped = DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, init_sync=False, broadcast_buffers=False
+        )
     return Engine(wrapped, dist.get_rank(), dist.get_world_size(), wrapped.no_sync)

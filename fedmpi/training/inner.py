@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+
+# Its functions have the default group of the moment as default argument. First imported inside a world (DDP does it), it
+# would hold that world's connections for good, and a member that leaves would look alive to the others until the timeout.
+import torch.distributed.nn.functional
 from torch import distributed as dist
 
 from fedmpi.errors import PeerLost, WorldError

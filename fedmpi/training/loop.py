@@ -92,8 +92,11 @@ def fit(
     turn, num_micro = _begin(model, examples, config, hooks, state)
     seed_everything(seed_for(seed, "dropout", *([turn.engine.rank] if turn.engine.rank else [])))
     draws = batches(examples, config.batch_size * turn.engine.size, seed_for(seed, "batches"), pad_id)
-    tally = _train(model, turn, islice(draws, num_micro))
-    model.train(was_training)
+    try:
+        tally = _train(model, turn, islice(draws, num_micro))
+    finally:
+        turn.engine.close()
+        model.train(was_training)
     taken = turn.num_steps + (state.step if state is not None else 0)
     supervised = sum(tally.supervised)
     return Fit(

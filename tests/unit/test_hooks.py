@@ -95,8 +95,6 @@ def test_every_bad_name_is_listed():
         load_hooks(names)
     message = str(caught.value)
     assert message.startswith("train.hooks: cannot load ") and "\n" not in message
-    for name, why in zip(
-        names[:4], ("no module", "No module named 'no'", "offers no 'Absent'", "not a Hook"), strict=True
-    ):
+    for name, why in zip(names[:4], ("no module", "No module named 'no'", "offers no 'Absent'", "not a Hook"), strict=True):
         assert name in message and why in message
     assert "fedmpi.training.Hook (" not in message

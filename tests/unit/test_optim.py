@@ -68,15 +68,11 @@ def test_a_state_is_not_changed_by_going_on_from_it():
 
 def test_fresh_keeps_nothing_and_sgd_has_nothing_to_keep():
     assert fit(with_lora(llama()), examples(2), Config(steps=1), seed=0, pad_id=PAD).state is None
-    kept = fit(
-        with_lora(llama()), examples(2), Config(steps=1, optimizer="sgd", optimizer_state="keep"), seed=0, pad_id=PAD
-    )
+    kept = fit(with_lora(llama()), examples(2), Config(steps=1, optimizer="sgd", optimizer_state="keep"), seed=0, pad_id=PAD)
     assert kept.state == OptimState({}, 1)
 
 
-@pytest.mark.parametrize(
-    ("name", "found"), [("absent.exp_avg", "no such parameter"), (None, r"its shape is \(4, 32\)")]
-)
+@pytest.mark.parametrize(("name", "found"), [("absent.exp_avg", "no such parameter"), (None, r"its shape is \(4, 32\)")])
 def test_a_state_of_another_model_is_refused(name, found):
     model = with_lora(llama())
     name = name or f"{next(n for n, p in model.named_parameters() if p.requires_grad)}.exp_avg"

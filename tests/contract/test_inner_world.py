@@ -1,0 +1,102 @@
+"""Inside a client the world is the client: two groups of two train at the same time, with unequal step counts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from inner_world_member import LAUNCHER, train, weights
+
+from fedmpi.errors import WorldError
+from fedmpi.tensors import digest
+from fedmpi.training import host, join
+
+MEMBER = Path(__file__).with_name("inner_world_member.py")
+CLIENTS = {"client_a": 3, "client_bee": 11}  # steps
+
+
+def start(*words: object) -> subprocess.Popen[str]:
+    environment = os.environ | LAUNCHER | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(MEMBER.parents[2])}
+    command = [sys.executable, str(MEMBER), *map(str, words)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(members: list[subprocess.Popen[str]], timeout_s: float = 150) -> None:
+    try:
+        for member in members:
+            _, errors = member.communicate(timeout=timeout_s)
+            assert member.returncode == 0, errors[-3000:]
+    finally:
+        for member in members:
+            if member.poll() is None:
+                member.kill()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What four processes left: two clients of two members, at the same time, on stores of their own."""
+    path = tmp_path_factory.mktemp("inner")
+    finish([start(path, role, rank, 2, steps) for role, steps in CLIENTS.items() for rank in range(2)])
+    return path
+
+
+def said(folder: Path, role: str) -> list[dict[str, object]]:
+    return [json.loads((folder / f"{role}.{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("role", CLIENTS)
+def test_members_end_with_equal_weights_and_counts(folder, role):
+    first, second = said(folder, role)
+    assert first == second
+    assert first["steps"] == CLIENTS[role]
+
+
+@pytest.mark.parametrize("role", CLIENTS)
+def test_two_ranks_with_a_batch_are_one_rank_with_twice_the_batch(folder, role):
+    alone, counts = train(role, CLIENTS[role], "plain", batch_size=2)
+    first = said(folder, role)[0]
+    for key in ("tokens", "supervised", "steps"):
+        assert first[key] == counts[key]
+    assert first["loss"] == pytest.approx(counts["loss"], abs=1e-5)
+    assert first["last_loss"] == pytest.approx(counts["last_loss"], abs=1e-5)
+    for name, value in torch.load(folder / f"{role}.0.weights", weights_only=True).items():
+        torch.testing.assert_close(value, weights(alone)[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("role", CLIENTS)
+def test_the_rebuilt_world_shares_what_its_own_leader_has(folder, role):
+    sent = {"b": torch.arange(3, dtype=torch.bfloat16), "a": torch.full((2, 2), float(len(role)))}
+    for member in said(folder, role):
+        assert member["shared"] == digest(sent)
+        assert (member["text"], member["empty"]) == (f"from the leader of {role}", 0)
+
+
+def test_after_a_member_broke_the_others_see_it_and_the_next_generation_trains(tmp_path):
+    finish([start(tmp_path, "client_broken", rank, 2, 5) for rank in range(2)])
+    first, second = said(tmp_path, "client_broken")
+    assert first == second
+    assert (first["steps"], first["in_time"]) == (5, True)
+
+
+def test_a_client_of_one_rank_needs_nobody():
+    hosted = host()
+    world = join(hosted.address, 0, 1, 0, 20, role="alone")
+    try:
+        with pytest.raises(WorldError, match="alone: torch's default process group is taken"):
+            join(hosted.address, 0, 1, 1, 20, role="alone")
+        shared = world.share({"a": torch.ones(2)})
+        assert torch.equal(shared["a"], torch.ones(2)) and world.share({}) == {}
+    finally:
+        world.leave()
+
+
+def test_a_member_that_never_comes_is_named_in_time():
+    hosted = host()
+    with pytest.raises(WorldError) as caught:
+        join(hosted.address, 0, 2, 3, 1.0, role="half")
+    message = str(caught.value)
+    assert message.startswith("inner world of half, generation 3, member 0 of 2 could not meet the others at ")
+    assert "within 1.0 s" in message and "\n" not in message
