@@ -64,8 +64,8 @@ class Checkpoints:
             sync(self.folder)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"round {round_index}: the checkpoint {final} could not be written ({error}); the rounds up to the last checkpoint are "
-                "safe: make room and start the run again, it continues there"
+                f"round {round_index}: the checkpoint {final} could not be written ({error}); the rounds up to the last "
+                "checkpoint are safe: make room and start the run again, it continues there"
             ) from error
         self._drop_old(owned)
 
@@ -86,13 +86,15 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {path}: manifest.json is missing or broken ({error}); {_ADVICE}") from None
         if stated["format"] != FORMAT or stated["experiment"] != self.experiment:
             raise CheckpointError(
-                f"checkpoint {path} is of experiment {stated['experiment']} (format {stated['format']}), this run is {self.experiment} "
-                f"(format {FORMAT}): give another --run_dir"
+                f"checkpoint {path} is of experiment {stated['experiment']} (format {stated['format']}), this run is "
+                f"{self.experiment} (format {FORMAT}): give another --run_dir"
             )
         state = path / "state.safetensors"
         if not state.exists() or (found := file_sha256(state)) != stated["state_sha256"]:
             has = f"SHA-256 {found[:12]}" if state.exists() else "nothing"
-            raise CheckpointError(f"checkpoint {path}: state.safetensors should have SHA-256 {stated['state_sha256'][:12]}, found {has}; {_ADVICE}")
+            raise CheckpointError(
+                f"checkpoint {path}: state.safetensors should have SHA-256 {stated['state_sha256'][:12]}, found {has}; {_ADVICE}"
+            )
         owned = {int(client): sha for client, sha in stated["owned"].items()}
         return Committed(int(stated["round"]), load_file(state), stated["record"], owned)
 
@@ -131,7 +133,9 @@ class Vault:
             os.rename(beside, self._path(client, sha256))
             sync(self.folder)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"client {client}: its state could not be written to {self.folder} ({error}): make room") from error
+            raise CheckpointError(
+                f"client {client}: its state could not be written to {self.folder} ({error}): make room"
+            ) from error
         return sha256
 
     def get(self, client: int, sha256: str) -> Tensors:
@@ -139,7 +143,8 @@ class Vault:
         path = self._path(client, sha256)
         if not path.exists():
             raise CheckpointError(
-                f"client {client}: its state {path} is not here; resuming on other ranks or machines needs a run folder that all of them share"
+                f"client {client}: its state {path} is not here; resuming on other ranks or machines needs a run folder "
+                "that all of them share"
             )
         if (found := file_sha256(path)) != sha256:
             raise CheckpointError(f"client {client}: {path} should have SHA-256 {sha256[:12]}, found {found[:12]}")

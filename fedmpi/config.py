@@ -21,7 +21,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 def parse(kind: type[T], arguments: Sequence[str], program: str, about: str, extra: Mapping[str, type] = {}) -> Any:
     """Read `--config FILE` and dotted overrides into a namespace for `kind` (and one group per `extra` dataclass)."""
-    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser  # type: ignore[attr-defined]
 
     parser = ArgumentParser(prog=program, description=about, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML recipe, or builtin:NAME for a packaged one")
@@ -32,7 +32,7 @@ def parse(kind: type[T], arguments: Sequence[str], program: str, about: str, ext
         namespace = parser.parse_args([_packaged(argument) for argument in arguments])
     except (ArgumentError, TypeError) as error:
         raise ConfigError(_one_line(str(error))) from None
-    return parser.instantiate_classes(namespace)
+    return parser.instantiate(namespace)
 
 
 def peek(argument: str) -> dict[str, Any]:

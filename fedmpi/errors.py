@@ -1,19 +1,19 @@
 """The errors a user may meet, as one tree. Every message is one line: where, what was expected, what was found, what to do.
 
-    FedmpiError
-    |- ConfigError          an option, a recipe, a combination of both
-    |- DataError            a corpus, a split, a template
-    |- ModelError           a backbone, a tokenizer, an adapter
-    |- WorldError           launchers, ranks, placement
-    |- TrainingError        a client's local training
-    |  `- NonFinite         a loss or an update that is not finite
-    |- LinkError            carrying bytes between ranks
-    |  |- PeerLost          the other side is gone
-    |  |- PeerSilent        no byte and no heartbeat within the deadline
-    |  |- ProtocolError     what came is not what was agreed
-    |  `- Aborted           another rank failed and ended the job; carries its message
-    |- CheckpointError      a run folder or checkpoint that cannot be used
-    `- QuorumLost           too few clients left to count a round
+FedmpiError
+|- ConfigError          an option, a recipe, a combination of both
+|- DataError            a corpus, a split, a template
+|- ModelError           a backbone, a tokenizer, an adapter
+|- WorldError           launchers, ranks, placement
+|- TrainingError        a client's local training
+|  `- NonFinite         a loss or an update that is not finite
+|- LinkError            carrying bytes between ranks
+|  |- PeerLost          the other side is gone
+|  |- PeerSilent        no byte and no heartbeat within the deadline
+|  |- ProtocolError     what came is not what was agreed
+|  `- Aborted           another rank failed and ended the job; carries its message
+|- CheckpointError      a run folder or checkpoint that cannot be used
+`- QuorumLost           too few clients left to count a round
 """
 
 

@@ -1,6 +1,7 @@
 """What one process holds once for everybody it hosts: the frozen base with one adapter slot, the tokenizer, the rows.
 
-Everything is loaded on first use, so that a rank pays (and sees) only what its role needs. It must never know ranks or rounds.
+Everything is loaded on first use, so that a rank pays for (and sees) only what its role needs. It must never know
+ranks or rounds.
 """
 
 from collections.abc import Mapping
@@ -8,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from fedmpi import data, evaluation, models, training
+from fedmpi import data as corpora
+from fedmpi import evaluation, models, training
 from fedmpi.errors import ConfigError, DataError
 from fedmpi.tensors import Tensors
 
@@ -48,39 +50,39 @@ class Host:
     """The base and the parties' rows, with the settings that say how they are used."""
 
     base: Base
-    parties: data.Federated
-    data: data.Config
+    parties: corpora.Federated
+    data: corpora.Config
     train: training.Config
     eval: evaluation.Config
-    _examples: dict[int, list[data.Example]] = field(default_factory=dict)
+    _examples: dict[int, list[corpora.Example]] = field(default_factory=dict)
 
     def alone(self, client: int) -> "Host":
         """The same process with one client of these as the only one: what a party could do by itself."""
         rows = self.parties.clients[client].train
-        return self._with(data.ClientData(0, rows, self.parties.clients[client].heldout))
+        return self._with(corpora.ClientData(0, rows, self.parties.clients[client].heldout))
 
     def pooled(self) -> "Host":
         """The same process with all rows at one client: what could be done if the data were in one place."""
         rows = [row for client in self.parties.clients for row in client.train]
-        return self._with(data.ClientData(0, rows, self.parties.heldout))
+        return self._with(corpora.ClientData(0, rows, self.parties.heldout))
 
-    def _with(self, client: "data.ClientData") -> "Host":
+    def _with(self, client: "corpora.ClientData") -> "Host":
         return replace(self, parties=replace(self.parties, clients=(client,)), _examples={})
 
-    def examples(self, client: int) -> "list[data.Example]":
+    def examples(self, client: int) -> "list[corpora.Example]":
         """A client's training examples, tokenised on first use."""
         if client not in self._examples:
             rows = self.parties.clients[client].train
-            examples, counts = data.tokenize(rows, self.base.tokenizer, self.data)
+            examples, counts = corpora.tokenize(rows, self.base.tokenizer, self.data)
             if not examples:
                 raise DataError(f"client {client}: none of its {len(rows)} rows has a token to learn from ({counts})")
             self._examples[client] = examples
         return self._examples[client]
 
     @cached_property
-    def heldout(self) -> "list[data.Example]":
+    def heldout(self) -> "list[corpora.Example]":
         """The rows that nobody trained on, tokenised."""
-        return data.tokenize(self.parties.heldout, self.base.tokenizer, self.data)[0]
+        return corpora.tokenize(self.parties.heldout, self.base.tokenizer, self.data)[0]
 
     def score(self, adapter: Tensors) -> dict[str, float]:
         """Held-out loss and token accuracy of an adapter on this base."""
@@ -90,8 +92,8 @@ class Host:
 
     def answer(self, adapter: Tensors) -> dict[str, Any]:
         """Exact match of greedy answers on the held-out rows; nothing where the task asks for none."""
-        task = self.eval.task if self.eval.task != "auto" else ("exact_match" if self.data.name == "builtin:toy" else "none")
-        if task == "none":
+        task = self.eval.task
+        if task == "none" or (task == "auto" and self.data.name != "builtin:toy"):
             return {}
         models.load_trainable(self.base.model, adapter)
         score = evaluation.exact_match(
@@ -121,4 +123,4 @@ def pick_device(asked: str, local_rank: int) -> str:
 
 def trained_share(tensors: Mapping[str, Any], model: Any) -> float:
     """Trained parameters among all."""
-    return sum(t.numel() for t in tensors.values()) / sum(p.numel() for p in model.parameters())
+    return float(sum(t.numel() for t in tensors.values()) / sum(p.numel() for p in model.parameters()))

@@ -1,4 +1,4 @@
-"""The ledger: bytes that were sent, by direction, client and round. It counts what it is told; it never predicts and never sends."""
+"""The ledger: bytes that were sent, by direction, client and round. It counts what it is told and never sends."""
 
 from collections import Counter
 from dataclasses import dataclass, field

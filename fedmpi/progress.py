@@ -14,14 +14,26 @@ class Progress:
     """The rounds of one run, on rank 0."""
 
     def __init__(self, title: str, first_round: int, rounds: int, quiet: bool = False) -> None:
-        self.title, self.rounds, self.began, self.first, self.quiet = title, rounds, time.monotonic(), first_round, quiet
+        self.title, self.rounds, self.began, self.first, self.quiet = (
+            title,
+            rounds,
+            time.monotonic(),
+            first_round,
+            quiet,
+        )
         self._bar: Bar | None = None
         self._task: TaskID | None = None
         if sys.stderr.isatty() and not quiet:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[told]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[told]}"),
+            )
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._bar.start()
             self._task = self._bar.add_task(title, total=rounds, completed=first_round, told="")
@@ -36,7 +48,10 @@ class Progress:
             return
         done = line["round"] + 1 - self.first
         left = (time.monotonic() - self.began) / max(1, done) * (self.rounds - line["round"] - 1)
-        print(f"{self.title} round {line['round'] + 1}/{self.rounds}  {told}  {line['seconds']:.1f} s, {left:.0f} s left", flush=True)
+        print(
+            f"{self.title} round {line['round'] + 1}/{self.rounds}  {told}  {line['seconds']:.1f} s, {left:.0f} s left",
+            flush=True,
+        )
 
     def close(self) -> None:
         """Leave the terminal as it was."""

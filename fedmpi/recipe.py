@@ -1,4 +1,4 @@
-"""A recipe: everything a user can set for a run, composed from the houses' own settings. It checks what can be checked without a model."""
+"""A recipe: everything a user can set for a run, composed from the houses' own settings, and checked as far as that needs no model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,16 @@ from fedmpi.models import Config as ModelConfig
 from fedmpi.models import PeftConfig
 from fedmpi.training import Config as TrainConfig
 
-_NOT_THE_EXPERIMENT = ("run_dir", "resume", "transport", "ranks_per_client", "groups", "timeout_s", "keep", "checkpoint_every")
+_NOT_THE_EXPERIMENT = (
+    "run_dir",
+    "resume",
+    "transport",
+    "ranks_per_client",
+    "groups",
+    "timeout_s",
+    "keep",
+    "checkpoint_every",
+)
 
 
 @dataclass(frozen=True)
@@ -76,12 +85,23 @@ class Recipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        at_least = {"rounds": 1, "min_clients": 1, "threads": 1, "checkpoint_every": 1, "keep": 1, "ranks_per_client": 1}
+        at_least = {
+            "rounds": 1,
+            "min_clients": 1,
+            "threads": 1,
+            "checkpoint_every": 1,
+            "keep": 1,
+            "ranks_per_client": 1,
+        }
         for key, least in at_least.items() | {"early_stop": 0, "eval_every": 0, "seed": 0}.items():
             if getattr(self, key) < least:
                 raise ConfigError(f"{key} {getattr(self, key)}: at least {least} is needed")
         if self.clients is not None and self.clients < 1:
             raise ConfigError(f"clients {self.clients}: at least 1 is needed")
+        if (self.groups or self.ranks_per_client > 1) and self.train.engine == "plain":
+            raise ConfigError(
+                "ranks_per_client and groups make clients of several ranks, train.engine plain uses one: give train.engine ddp"
+            )
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s {self.timeout_s}: give seconds above 0")
         if self.sampling not in ("all", "uniform", "weighted") and not self.sampling.startswith("fixed:"):

@@ -49,9 +49,7 @@ class Round:
 
     def pack(self) -> bytes:
         """The round header: of one size for a given number of clients."""
-        fixed = _FIXED.pack(
-            self.index, self.attempt, self.seed, self.scale, self.durable, int(self.verdict), int(self.end)
-        )
+        fixed = _FIXED.pack(self.index, self.attempt, self.seed, self.scale, self.durable, int(self.verdict), int(self.end))
         return fixed + _bitmap(self.cohort, self.num_clients) + _bitmap(self.counted, self.num_clients)
 
     @staticmethod
@@ -81,7 +79,7 @@ def _members(bitmap: bytes) -> tuple[int, ...]:
     return tuple(int(i) for i in np.flatnonzero(bits))
 
 
-def cohort_size(clients_per_round: str | None, num_clients: int) -> int:
+def cohort_size(clients_per_round: str | int | float | None, num_clients: int) -> int:
     """How many clients a round has: all of them, a number, or a share such as 0.05 (of which at least one)."""
     if clients_per_round is None:
         return num_clients

@@ -125,7 +125,13 @@ class Program:
     def _session(self, wanted: Recipe, host: "Host", path: Path, title: str, post: "Post | None") -> "Session":
         from fedmpi.session import Session
 
-        facts = {"scenario": title, "launcher": self.world.launcher, "world": self.world.size, "transport": self.world.transport}
+        facts = {
+            "scenario": title,
+            "launcher": self.world.launcher,
+            "world": self.world.size,
+            "transport": self.world.transport,
+            "store": self.world.store,
+        }
         wanted = replace(wanted, resume="auto")  # the folder is claimed; what is in it is this run's own
         return Session(wanted, recipe.algorithm(wanted.algorithm), host, path, title, self.stop, post, facts, self.world.rank != 0)
 

@@ -1,4 +1,4 @@
-"""Seeds: every random choice of a run comes from (seed, what it is for, round, client), never from a rank or from what ran before."""
+"""Seeds: every random choice of a run comes from (seed, what it is for, round, client), never from a rank or the past."""
 
 import hashlib
 import random

@@ -69,7 +69,8 @@ class Session:
         recipe, clients = self.recipe, len(self.host.parties.clients)
         rank, size = (SERVER, 1) if self.post is None else (self.post.transport.rank, self.post.transport.size)
         placement = place(clients, size, recipe.ranks_per_client, recipe.groups)
-        fed = Federation(placement, rank, self.post, vault=checkpoint.Vault(self.path / "checkpoints" / "clients"))
+        vault = checkpoint.Vault(self.path / "checkpoints" / "clients")
+        fed = Federation(placement, rank, self.post, vault=vault, near=self.facts.get("store"))
         hosted = placement.hosted_by(rank)
         sizes = fed.greet(recipe.hash(), {c: len(self.host.examples(c)) for c in hosted})
         parties = {c: self.algorithm.build_client(self.host, c) for c in hosted}
@@ -115,7 +116,9 @@ class Session:
             num_examples=[sizes[client] for client in range(num_clients)],
             rounds=recipe.rounds,
             seed=recipe.seed,
-            cohort_size=len(fixed_cohort(recipe.sampling, num_clients)) if fixed else cohort_size(recipe.clients_per_round, num_clients),
+            cohort_size=len(fixed_cohort(recipe.sampling, num_clients))
+            if fixed
+            else cohort_size(recipe.clients_per_round, num_clients),
             sampling=recipe.sampling,
             weights=recipe.weights,
             min_clients=recipe.min_clients,
@@ -129,12 +132,19 @@ class Keeper:
     """The server's bookkeeping around the rounds: evaluate, commit, report, stop early. One per session, on the server alone."""
 
     def __init__(
-        self, session: Session, folder: RunFolder, fed: Federation, owned: Mapping[int, str], record: Mapping[str, Any] | None
+        self,
+        session: Session,
+        folder: RunFolder,
+        fed: Federation,
+        owned: Mapping[int, str],
+        record: Mapping[str, Any] | None,
     ) -> None:
         self.session, self.folder, self.fed = session, folder, fed
         self.recipe, self.host = session.recipe, session.host
         self.owned = dict(owned)
-        self.history: dict[str, Any] = dict(record["history"]) if record else {"best": None, "worse": 0, "seconds": 0.0, "steps": 0.0}
+        self.history: dict[str, Any] = (
+            dict(record["history"]) if record else {"best": None, "worse": 0, "seconds": 0.0, "steps": 0.0, "train_s": 0.0}
+        )
         fed.ledger.totals.update(record["totals"] if record else {})
         self.resumed = record is not None
 
@@ -185,6 +195,7 @@ class Keeper:
         """Whether this was the last round after all."""
         self.history["seconds"] += line["seconds"]
         self.history["steps"] += line["steps"]
+        self.history["train_s"] += line["train_s"]
         if self.recipe.early_stop and "eval_loss" in line:
             better = self.history["best"] is None or line["eval_loss"] < self.history["best"]
             self.history["worse"] = 0 if better else self.history["worse"] + 1
@@ -198,7 +209,7 @@ class Keeper:
         outcome = self.fed.outcome
         supervised = {c: m["supervised"] for c, m in outcome.metrics.items()}
         loss = sum(m["loss"] * m["supervised"] for m in outcome.metrics.values()) / sum(supervised.values())
-        summed = {key: sum(m[key] for m in outcome.metrics.values()) for key in ("tokens", "flops", "steps")}
+        summed: dict[str, float] = {key: sum(m[key] for m in outcome.metrics.values()) for key in ("tokens", "flops", "steps")}
         return {
             "round": rnd.index,
             "attempt": rnd.attempt,
@@ -207,6 +218,7 @@ class Keeper:
             "failures": {c: str(failure) for c, failure in sorted(outcome.failures.items())},
             "weights": dict(sorted(outcome.weights.items())),
             "train_loss": loss,
+            "train_s": sum(m["seconds"] for m in outcome.metrics.values()),
             **summed,
             **self.fed.close_books(),
             "wait_s": outcome.wait_s,
@@ -241,7 +253,7 @@ class Keeper:
             "base": {key: first[key] for key in ("eval_loss", "eval_token_accuracy", "exact_match") if key in first},
             "final": {**final, **self.host.answer(server.adapter)},
             "totals": {**self.fed.ledger.totals, "seconds": self.history["seconds"]},
-            "step_s": self.history["seconds"] / max(1.0, self.history["steps"]),
+            "step_s": self.history["train_s"] / max(1.0, self.history["steps"]),
             "trainable_share": trained_share(server.adapter, self.host.base.model),
             "adapter_sha256": checkpoint.file_sha256(self.folder.path / "adapter" / "adapter_model.safetensors"),
             "data": self.host.parties.record,
@@ -255,8 +267,9 @@ class Keeper:
 def environment() -> dict[str, Any]:
     """What the numbers depend on besides the recipe."""
     names = ("torch", "transformers", "peft", "numpy", "fedmpi")
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in names}
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
+        "versions": versions,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }

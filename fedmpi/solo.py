@@ -1,6 +1,7 @@
 """Federations of one, side by side: what each party could do alone, and what could be done with all data in one place.
 
-They are handed out by the same rounds and gather as everything else: one outer round in which a client's whole work is a run of its own.
+They are handed out by the same rounds and gather as everything else: one outer round, in which a client's whole work is a run
+of its own.
 """
 
 from collections.abc import Mapping

@@ -113,9 +113,7 @@ def _torchrun(environ: Environ) -> World:
     elastic = "TORCHELASTIC_RUN_ID" in environ
     store = _meeting_point(environ)
     if store is None and (elastic or size > 1):
-        raise WorldError(
-            f"RANK={rank} and WORLD_SIZE={size} are set without MASTER_ADDR and MASTER_PORT: set both, or unset RANK"
-        )
+        raise WorldError(f"RANK={rank} and WORLD_SIZE={size} are set without MASTER_ADDR and MASTER_PORT: set both, or unset RANK")
     return World(
         launcher="torchrun" if elastic else "env",
         rank=rank,
@@ -187,13 +185,9 @@ def _tasks_of_this_node(environ: Environ, size: int) -> int:
 
 def _with_transport(world: World, transport: str, has_mpi: Callable[[], bool]) -> World:
     if transport == "in_process" and world.size > 1:
-        raise WorldError(
-            f"--transport in_process is for one process, but {LAUNCHERS[world.launcher]} started {world.size}"
-        )
+        raise WorldError(f"--transport in_process is for one process, but {LAUNCHERS[world.launcher]} started {world.size}")
     if transport in ("torch", "mpi") and world.launcher == "none":
-        raise WorldError(
-            f"--transport {transport} needs a launcher, and none has set its variables: use torchrun, mpirun or srun"
-        )
+        raise WorldError(f"--transport {transport} needs a launcher, and none has set its variables: use torchrun, mpirun or srun")
     if transport == "torch" and not world.store:
         raise WorldError(
             f"--transport torch under {LAUNCHERS[world.launcher]} on several nodes has no address to meet at: "

@@ -1,10 +1,32 @@
 """Data: corpora, how their rows are dealt to clients, prompts and batches. It must never know models or rounds."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fedmpi.errors import ConfigError
 from fedmpi.lazy import door
+
+if TYPE_CHECKING:
+    from fedmpi.data.batching import Batch as Batch
+    from fedmpi.data.batching import batches as batches
+    from fedmpi.data.batching import collate as collate
+    from fedmpi.data.clients import ClientData as ClientData
+    from fedmpi.data.clients import Federated as Federated
+    from fedmpi.data.clients import federate as federate
+    from fedmpi.data.corpora import CORPORA as CORPORA
+    from fedmpi.data.corpora import Corpus as Corpus
+    from fedmpi.data.corpora import Declaration as Declaration
+    from fedmpi.data.corpora import Row as Row
+    from fedmpi.data.corpora import load as load
+    from fedmpi.data.prompts import TEMPLATES as TEMPLATES
+    from fedmpi.data.prompts import Counts as Counts
+    from fedmpi.data.prompts import Example as Example
+    from fedmpi.data.prompts import encode_prompts as encode_prompts
+    from fedmpi.data.prompts import render as render
+    from fedmpi.data.prompts import template_hash as template_hash
+    from fedmpi.data.prompts import tokenize as tokenize
+    from fedmpi.data.splitters import follow as follow
+    from fedmpi.data.splitters import split as split
 
 Splitter = Literal["auto", "iid", "meta", "dirichlet", "shards"]
 

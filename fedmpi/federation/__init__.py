@@ -1,9 +1,9 @@
 """The federation: what an algorithm sees of the other ranks, and what the server decides for all of them.
 
-    lockstep    Federation: rounds, broadcast, gather; the same calls in the same order on every rank
-    conductor   the server's decisions: cohort, verdict, stop
-    post        JSON and tensors as messages over a transport, each under an agreed manifest
-    updates     what travels up: Update, Failure
+lockstep    Federation: rounds, broadcast, gather; the same calls in the same order on every rank
+conductor   the server's decisions: cohort, verdict, stop
+post        JSON and tensors as messages over a transport, each under an agreed manifest
+updates     what travels up: Update, Failure
 """
 
 from typing import TYPE_CHECKING
@@ -19,5 +19,11 @@ if TYPE_CHECKING:
 
 __getattr__ = door(
     __name__,
-    {"Conductor": "conductor", "Federation": "lockstep", "Failure": "updates", "Outcome": "updates", "Update": "updates"},
+    {
+        "Conductor": "conductor",
+        "Federation": "lockstep",
+        "Failure": "updates",
+        "Outcome": "updates",
+        "Update": "updates",
+    },
 )

@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from fedmpi import training
 from fedmpi.errors import Aborted, FedmpiError, LinkError, ProtocolError, WorldError
+from fedmpi.federation.conductor import Conductor
+from fedmpi.federation.post import Post, content
+from fedmpi.federation.updates import Failure, Outcome, Party, Update, Vault
 from fedmpi.ledger import Ledger
 from fedmpi.messages import Kind
 from fedmpi.round import End, Placement, Round, Verdict
 from fedmpi.seeding import seed_everything, seed_for
 from fedmpi.tensors import Tensors, num_bytes
 from fedmpi.transports.inbox import Message
-from fedmpi.federation.conductor import Conductor
-from fedmpi.federation.post import Post, content
-from fedmpi.federation.updates import Failure, Outcome, Party, Update, Vault
 
 SERVER = 0
 C = TypeVar("C", bound=Party)
@@ -34,11 +35,15 @@ class Federation:
     post: Post | None = None  # None: this process is the whole world
     conductor: Conductor | None = None  # held by the server alone
     vault: Vault | None = None
+    near: str | None = None  # host:port of something that every rank can reach, where there is one
     outcome: Outcome = field(default_factory=Outcome)
     ledger: Ledger = field(default_factory=Ledger)
     _now: Round | None = None
     _owned: dict[int, Tensors] = field(default_factory=dict)
     _provisional: dict[int, Tensors] = field(default_factory=dict)
+    _meet_at: dict[int, str | None] = field(default_factory=dict)  # on the server: where each leader's members meet
+    _store: training.Host | None = None  # of this seat's inner world, on its leader
+    _inner: training.InnerWorld | None = None
 
     # ---- what an algorithm calls ----------------------------------------------------------------------------------------------
 
@@ -62,8 +67,11 @@ class Federation:
         if self.post is None or not self._hosted_in(rnd):
             return {}
         message = self.post.expect(SERVER, Kind.BROADCAST, rnd.index, f"waiting for the broadcast of round {rnd.index}")
-        received = {name: tensor.clone() for name, tensor in self.post.tensors(message).items()}
+        received = {name: tensor.clone() for name, tensor in self.post.tensors(message).items()} if self.leads else None
         message.release()
+        if self._inner is not None:
+            return self._inner.share(received)
+        assert received is not None
         return received
 
     def gather(self, rnd: Round, clients: Mapping[int, C], work: Callable[[C], Update]) -> Iterator[Update]:
@@ -74,8 +82,19 @@ class Federation:
         if self.conductor is not None:
             return self._judged(rnd, self._arrivals(rnd, self.post))
         for outcome in outcomes:  # now, not lazily: a client rank never reads what it gathered
-            self._hand_in(rnd, outcome, self.post)
+            if self.leads:
+                self._hand_in(rnd, outcome, self.post)
         return iter(())
+
+    @property
+    def seat(self) -> tuple[int, ...]:
+        """The ranks that serve the same clients as this one, their leader first."""
+        return self.placement.seat_of(self.rank)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for its seat."""
+        return self.seat[0] == self.rank
 
     @property
     def end(self) -> End:
@@ -93,8 +112,11 @@ class Federation:
         if self.post is None:
             return dict(num_examples)
         if self.rank != SERVER:
-            examples = {str(client): num for client, num in num_examples.items()}
-            self.post.send_json(SERVER, Kind.HELLO, {"experiment": experiment, "examples": examples})
+            if self.leads and len(self.seat) > 1:
+                self._store = training.host(self.near)
+            examples = {str(client): num for client, num in num_examples.items()} if self.leads else {}
+            meet_at = self._store.address if self._store else None
+            self.post.send_json(SERVER, Kind.HELLO, {"experiment": experiment, "examples": examples, "meet_at": meet_at})
             return {}
         sizes: dict[int, int] = {}
         for peer, greeting in self.post.from_each(Kind.HELLO, "greeting the clients"):
@@ -103,42 +125,62 @@ class Federation:
                     f"rank {peer} runs experiment {greeting['experiment']}, the server {experiment}: give all ranks equal settings"
                 )
             sizes.update(self._declared(peer, greeting["examples"]))
+            self._meet_at[peer] = greeting["meet_at"]
         return sizes
 
     def _declared(self, peer: int, examples: Mapping[str, Any]) -> dict[int, int]:
-        hosted = set(self.placement.hosted_by(peer))
+        hosted = set(self.placement.hosted_by(peer)) if self.placement.seat_of(peer)[0] == peer else set()
         sizes = {int(client): int(num) for client, num in examples.items()}
         if set(sizes) != hosted or any(not 0 < num < 1 << 31 for num in sizes.values()):
-            raise ProtocolError(f"rank {peer} declares examples of clients {sizes}, expected clients {sorted(hosted)}, 1 or more each")
+            raise ProtocolError(
+                f"rank {peer} declares examples of clients {sizes}, expected clients {sorted(hosted)}, 1 or more each"
+            )
         return sizes
 
     def welcome(self, owned: Mapping[int, str], limit_bytes: int) -> None:
         """The server says where the run stands; each rank takes up the client-owned state that the last durable round names."""
         if self.post is not None and self.rank == SERVER:
-            self.post.transport.limit_bytes = max(self.post.transport.limit_bytes, limit_bytes)
-            said = {"owned": {str(client): sha for client, sha in owned.items()}, "limit_bytes": limit_bytes}
+            self.post.transport.limit_bytes = limit_bytes
+            said: dict[str, Any] = {
+                "owned": {str(client): sha for client, sha in owned.items()},
+                "limit_bytes": limit_bytes,
+            }
             for peer in self.post.transport.peers:
-                self.post.send_json(peer, Kind.WELCOME, said)
+                meet_at = self._meet_at[self.placement.seat_of(peer)[0]]
+                self.post.send_json(peer, Kind.WELCOME, {**said, "meet_at": meet_at})
             return
         if self.post is not None:
             said = self.post.json(self.post.expect(SERVER, Kind.WELCOME, -1, "waiting for the server's welcome"))
-            self.post.transport.limit_bytes = max(self.post.transport.limit_bytes, int(said["limit_bytes"]))
+            self.post.transport.limit_bytes = int(said["limit_bytes"])
             owned = {int(client): str(sha) for client, sha in said["owned"].items()}
+            self._sit_down(said["meet_at"])
         if self.vault is not None:
             hosted = self.placement.hosted_by(self.rank)
             self._owned = {client: self.vault.get(client, sha) for client, sha in owned.items() if client in hosted}
+
+    def _sit_down(self, meet_at: str | None) -> None:
+        """Inside a client of several ranks the world is the client: its members meet at their leader's store."""
+        if len(self.seat) > 1 and meet_at is not None and self.post is not None:
+            place, timeout_s = self.seat.index(self.rank), self.post.transport.timeout_s
+            self._inner = training.join(
+                meet_at, place, len(self.seat), 0, timeout_s, role=f"ranks {self.seat[0]} to {self.seat[-1]}"
+            )
 
     def farewell(self) -> None:
         """Each client rank tells what it received; on links without a fault that is what the server sent."""
         if self.post is None:
             return
         transport = self.post.transport
+        if self._inner is not None:
+            self._inner.leave()
         if self.rank != SERVER:
             self.post.send_json(SERVER, Kind.FAREWELL, {"received_bytes": transport.received[SERVER].payload_bytes})
             return
         for peer, theirs in self.post.from_each(Kind.FAREWELL, "closing the ledger"):
             if theirs["received_bytes"] != (sent := transport.sent[peer].payload_bytes):
-                raise LinkError(f"ledger: the server sent {sent} payload bytes to rank {peer}, which received {theirs['received_bytes']}")
+                raise LinkError(
+                    f"ledger: the server sent {sent} payload bytes to rank {peer}, which received {theirs['received_bytes']}"
+                )
 
     def close_books(self) -> dict[str, int]:
         """The bytes of the round: what carried tensors, and everything else as control bytes."""
@@ -179,14 +221,17 @@ class Federation:
             update = work(replace(client, owned=self._owned.get(client.id)))  # type: ignore[type-var]
         except Aborted:
             raise
-        except Exception as error:  # the one broad except of the program
+        except Exception as error:  # noqa: BLE001 - the one broad except of the program
             if not isinstance(error, FedmpiError):  # a fault of the program or the machine: its place matters
                 traceback.print_exc()
             return Failure(client.id, type(error).__name__, " ".join(str(error).split())[:2000])
         if update.owned is None:
             return update
         self._provisional[client.id] = update.owned
-        return replace(update, owned_sha256=self.vault.put(client.id, update.owned) if self.vault is not None else "")
+        return replace(
+            update,
+            owned_sha256=self.vault.put(client.id, update.owned) if self.vault is not None and self.leads else "",
+        )
 
     def _hand_in(self, rnd: Round, outcome: Update | Failure, post: Post) -> None:
         if isinstance(outcome, Failure):
@@ -206,7 +251,10 @@ class Federation:
             return tensors
         first = {self.placement.leader_of[client]: client for client in reversed(rnd.cohort)}
         self.ledger.down.update(dict.fromkeys(first.values(), num_bytes(tensors)))
-        return self.post.send_tensors(sorted(first), Kind.BROADCAST, tensors, rnd.index)
+        decoded = self.post.send_tensors(sorted(first), Kind.BROADCAST, tensors, rnd.index)
+        for leader in first:  # members wait on their own link until it is time to turn to their leader
+            self.post.send_bytes(self.placement.seat_of(leader)[1:], Kind.BROADCAST, b"", rnd.index)
+        return decoded
 
     def _judged(self, rnd: Round, outcomes: Iterator[Update | Failure]) -> Iterator[Update]:
         """Updates with their weights; failures go to the record; the end of the updates is the verdict."""
@@ -248,6 +296,10 @@ class Federation:
         """Identity comes from the link: a rank speaks for the clients that were placed on it, in this round, once."""
         header = message.header
         if header.kind not in (Kind.REPORT, Kind.UPDATE, Kind.FAILURE) or header.round != rnd.index:
-            raise ProtocolError(f"rank {message.peer} sent {header.kind.name} of round {header.round}, expected updates of round {rnd.index}")
+            raise ProtocolError(
+                f"rank {message.peer} sent {header.kind.name} of round {header.round}, expected updates of round {rnd.index}"
+            )
         if header.client not in missing or self.placement.leader_of[header.client] != message.peer:
-            raise ProtocolError(f"rank {message.peer} speaks for client {header.client}; missing in round {rnd.index}: {sorted(missing)}")
+            raise ProtocolError(
+                f"rank {message.peer} speaks for client {header.client}; missing in round {rnd.index}: {sorted(missing)}"
+            )

@@ -1,4 +1,4 @@
-"""The post: JSON and named tensors as messages over a transport. Tensors go as one buffer under a manifest that both sides agreed on.
+"""The post: JSON and named tensors as messages over a transport; tensors go as one buffer under a manifest that both sides know.
 
 It knows links and messages; never rounds' meaning, clients' work or what is trained.
 """
@@ -60,7 +60,7 @@ class Post:
             self._announce(peer, manifest)
         body = messages.pack(tensors, manifest)
         header = Header(kind, round_index, client, manifest.num_bytes, manifest.hash)
-        self._send(peers, header, memoryview(body.numpy()))
+        self._send(peers, header, body.numpy().data)
         return messages.unpack(body, manifest)
 
     def tensors(self, message: Message) -> Tensors:
@@ -68,7 +68,9 @@ class Post:
         header = message.header
         manifest = self._manifests.get(header.manifest)
         if manifest is None:
-            raise ProtocolError(f"rank {message.peer} sent {header.kind.name} under manifest {header.manifest:x}, which it never announced")
+            raise ProtocolError(
+                f"rank {message.peer} sent {header.kind.name} under manifest {header.manifest:x}, which it never announced"
+            )
         if manifest.num_bytes != header.length or message.payload is None:
             raise ProtocolError(f"rank {message.peer} sent {header.length} bytes, its manifest says {manifest.num_bytes}")
         return messages.unpack(message.payload, manifest)
@@ -81,7 +83,9 @@ class Post:
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise ProtocolError(f"rank {message.peer} sent {message.header.kind.name} that is no JSON object of at most {MOST_JSON_BYTES} bytes")
+            raise ProtocolError(
+                f"rank {message.peer} sent {message.header.kind.name} that is no JSON object of at most {MOST_JSON_BYTES} bytes"
+            )
         return value
 
     def from_each(self, kind: Kind, phase: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -100,10 +104,9 @@ class Post:
         return sum(way.payload_bytes + way.header_bytes for way in traffic)
 
     def _send(self, peers: Collection[int], header: Header, payload: memoryview) -> None:
+        if not peers:
+            return
         with self._apart():
-            if len(peers) == 1:
-                self.transport.send(*peers, header, payload)
-                return
             for error in self.transport.send_all(peers, header, payload).values():
                 raise error
 

@@ -1,7 +1,7 @@
 """What travels up: a client's update, or why there is none; and what the server keeps of a round. Values only."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedmpi.tensors import Tensors
 
@@ -12,7 +12,7 @@ class Update:
 
     client: int
     tensors: Tensors
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     weight: int = 0  # set by the server
     owned: Tensors | None = None
     owned_sha256: str = ""
@@ -36,7 +36,7 @@ class Outcome:
 
     counted: list[int] = field(default_factory=list)
     failures: dict[int, Failure] = field(default_factory=dict)
-    metrics: dict[int, dict[str, float]] = field(default_factory=dict)
+    metrics: dict[int, dict[str, Any]] = field(default_factory=dict)
     owned: dict[int, str] = field(default_factory=dict)
     weights: dict[int, int] = field(default_factory=dict)
     wait_s: float = 0.0

@@ -1,10 +1,21 @@
 """Models: the frozen backbone and the adapter on it. It must never know clients, rounds or where data come from."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fedmpi.errors import ConfigError
 from fedmpi.lazy import door
+
+if TYPE_CHECKING:
+    from fedmpi.models.adapters import add_adapter as add_adapter
+    from fedmpi.models.adapters import find_targets as find_targets
+    from fedmpi.models.adapters import load_trainable as load_trainable
+    from fedmpi.models.adapters import save_adapter as save_adapter
+    from fedmpi.models.adapters import trainable as trainable
+    from fedmpi.models.backbone import base_of as base_of
+    from fedmpi.models.backbone import load_model as load_model
+    from fedmpi.models.backbone import load_tokenizer as load_tokenizer
+    from fedmpi.models.backbone import public_name as public_name
 
 
 @dataclass(frozen=True)

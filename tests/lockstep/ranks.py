@@ -1,0 +1,59 @@
+"""Ranks as threads of one process: the in-process transport carries what the real ones carry, so a test can run eight ranks."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedmpi import recipe as recipes
+from fedmpi.federation.post import Post
+from fedmpi.recipe import Recipe
+from fedmpi.run import Program
+from fedmpi.session import Stop
+from fedmpi.transports import in_process
+from fedmpi.world import World
+
+
+def recipe(*arguments: str) -> Recipe:
+    """A recipe from command-line arguments."""
+    return recipes.read(list(arguments), "test", "")[0]
+
+
+def run(wanted: Recipe, folder: Path, size: int = 1, stop_rank: int | None = None) -> list[Any]:
+    """Run a recipe with `size` ranks; gives every rank's exit code, or what it raised."""
+    wanted = replace(wanted, run_dir=str(folder))
+    if size == 1:
+        return [_program(wanted, 0, 1, Stop()).run()]
+    results: list[Any] = [None] * size
+    transports = in_process.open_all(size, timeout_s=wanted.timeout_s)
+
+    def rank(number: int) -> None:
+        stop = Stop(post=Post(transports[number]))
+        try:
+            with transports[number] as transport, transport.turn:
+                if number == stop_rank:
+                    transport.want_stop()
+                results[number] = _program(wanted, number, size, stop).run()
+        except BaseException as error:  # a test looks at it
+            results[number] = error
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def _program(wanted: Recipe, rank: int, size: int, stop: Stop) -> Program:
+    world = World(launcher="none", rank=rank, size=size, local_rank=rank, local_size=size, transport="in_process")
+    return Program(wanted, None, world, stop)
+
+
+def adapter(folder: Path) -> bytes:
+    """The bytes that placements and launchers must agree on."""
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+Work = Callable[[Any], Any]

@@ -1,0 +1,75 @@
+"""A client that fails is a Failure and nobody else's; too few updates repeat the round or end the run."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from fedmpi.training import Hook
+from tests.lockstep.ranks import adapter, recipe, run
+
+
+@dataclass(frozen=True)
+class Fails(Hook):
+    """Raises at the turns that a test names, counted over the whole run."""
+
+    turns: ClassVar[set[int]] = set()
+    seen: ClassVar[list[int]] = []
+
+    def before_fit(self, model: Any) -> None:
+        self.seen.append(len(self.seen))
+        if self.seen[-1] in self.turns:
+            raise RuntimeError("this turn fails")
+
+
+@pytest.fixture(autouse=True)
+def anew() -> None:
+    Fails.turns, Fails.seen = set(), []
+
+
+HOOK = f"--train.hooks=[{__name__}.Fails]"
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_round_goes_on_without_a_failed_client(settings: list[str], tmp_path: Path, size: int) -> None:
+    Fails.turns = {1}
+    assert run(recipe(*settings, HOOK), tmp_path, size) == [0] * size
+    first = lines_of(tmp_path)[1]
+    assert len(first["counted"]) == 4 and len(first["failures"]) == 1
+    assert "RuntimeError: this turn fails" in str(first["failures"])
+    assert first["counted"] + [int(c) for c in first["failures"]] != first["cohort"] or len(first["cohort"]) == 5
+
+
+def test_too_few_updates_repeat_the_round_with_another_cohort(settings: list[str], tmp_path: Path) -> None:
+    Fails.turns = {2}
+    wanted = recipe(*settings, HOOK, "--min_clients=5")
+    assert run(wanted, tmp_path) == [0]
+    lines = lines_of(tmp_path)
+    assert [line["event"] for line in lines if "event" in line] == ["evaluation", "quorum_lost"]
+    assert [line["attempt"] for line in lines if "event" not in line] == [1, 0, 0, 0]
+
+
+def test_state_of_an_update_that_did_not_count_is_rolled_back(settings: list[str], tmp_path: Path) -> None:
+    """With all clients in every round, a repeated round is the same round: kept optimisers must be as before it."""
+    steady = [*settings, "--train.optimizer_state=keep", "--clients_per_round=9", "--min_clients=9", HOOK]
+    Fails.turns = {9 + 4}  # the second round loses its fifth client
+    assert run(recipe(*steady), tmp_path / "repeated") == [0]
+    repeated = [line for line in lines_of(tmp_path / "repeated") if "event" not in line]
+    assert [line["attempt"] for line in repeated] == [0, 1, 0, 0]
+    assert repeated[1]["counted"] == list(range(9))
+    assert adapter(tmp_path / "repeated")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_run_without_a_quorum_stops_with_its_reason(
+    settings: list[str], tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Fails.turns = set(range(100))
+    assert run(recipe(*settings, HOOK, "--on_quorum_lost=stop"), tmp_path, size) == [1] * size
+    assert "--min_clients is 1" in capsys.readouterr().err
