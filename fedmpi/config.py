@@ -23,7 +23,7 @@ def parse(kind: type[T], arguments: Sequence[str], program: str, about: str, ext
     """Read `--config FILE` and dotted overrides into a namespace for `kind` (and one group per `extra` dataclass)."""
     from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser  # type: ignore[attr-defined]
 
-    parser = ArgumentParser(prog=program, description=about, exit_on_error=False)
+    parser = ArgumentParser(prog=program, description=about, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML recipe, or builtin:NAME for a packaged one")
     parser.add_class_arguments(kind, sub_configs=False)
     for group, dataclass in extra.items():

@@ -92,10 +92,10 @@ class Session:
         folder.claim(self.recipe.resume, self.recipe.settings())
         committed = folder.resume()
         done = folder.summary()
+        fed.conductor = self._conductor(sizes, committed.round + 1 if committed else 0)
         server = None if done else self.algorithm.build_server(self.host)
         if committed is not None and server is not None:
             server = restored(server, committed.tensors)
-        fed.conductor = self._conductor(sizes, committed.round + 1 if committed else 0)
         if done:
             fed.conductor.end = End.FINISHED
         owned = committed.owned if committed else {}

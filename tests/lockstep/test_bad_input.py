@@ -1,0 +1,118 @@
+"""Bad input: one clear line that says what was found and what to do, an exit code above 0, nothing overwritten."""
+
+from pathlib import Path
+
+import pytest
+
+from fedmpi import checkpoint, run
+from fedmpi.errors import Aborted, CheckpointError
+from tests.lockstep import ranks
+
+BROKEN = '{"instruction": "a", "output": "b"}\n{"instruction": \n'
+
+
+@pytest.fixture
+def said(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Run the program with more arguments; gives exit code and what it said on stderr."""
+
+    def go(*arguments: str, **environment: str) -> tuple[int, str]:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        code = run.main([*settings, f"--run_dir={tmp_path / 'run'}", *arguments])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fedmpi:")]
+        assert len(lines) == 1, lines
+        return code, lines[0]
+
+    return go
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--round=3",), ["round"]),
+        (("--train.learning_rate=1",), ["train.learning_rate"]),
+        (("--rounds=three",), ["rounds", "three"]),
+        (("--rounds=0",), ["rounds 0", "at least 1"]),
+        (("--train.lr=-1",), ["train.lr", "-1"]),
+        (("--scenario=both",), ["scenario", "both", "local"]),
+        (("--clients=0",), ["clients 0", "at least 1"]),
+        (("--clients_per_round=10",), ["clients_per_round 10 of 9", "at most 9"]),
+        (("--sampling=best",), ["sampling 'best'", "uniform"]),
+        (("--algorithm=fedbest",), ["fedbest", "fedavg"]),
+        (("--config=nowhere.yaml",), ["nowhere.yaml"]),
+        (("--timeout_s=0",), ["timeout_s"]),
+        (("--ranks_per_client=2",), ["train.engine ddp"]),
+        (("--device=cuda",), ["GPU"]),
+    ],
+)
+def test_settings(said, arguments: tuple[str, ...], words: list[str]) -> None:
+    code, line = said(*arguments)
+    assert code == 2
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model.path=nowhere/model",), ["nowhere/model"]),
+        (("--data.name=json", "--data.path=nowhere.jsonl"), ["nowhere.jsonl"]),
+        (("--data.name=json", "--data.path=broken.jsonl"), ["broken.jsonl", "line 2"]),
+        (("--data.name=json", "--data.path=empty.jsonl"), ["empty.jsonl"]),
+        (("--clients=500",), ["500"]),
+        (("--peft.target_modules=[knee_proj]",), ["knee_proj", "q_proj"]),
+    ],
+)
+def test_files_and_models(said, tmp_path: Path, monkeypatch, arguments: tuple[str, ...], words: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.jsonl").write_text(BROKEN)
+    Path("empty.jsonl").write_text("")
+    code, line = said(*arguments)
+    assert code in (1, 2)
+    assert all(word in line for word in words), line
+
+
+def test_two_launchers_at_once(said) -> None:
+    code, line = said(
+        RANK="0", WORLD_SIZE="2", TORCHELASTIC_RUN_ID="x", MASTER_ADDR="localhost", MASTER_PORT="1",
+        OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2",
+    )  # fmt: skip
+    assert code == 2 and "--transport" in line and "OMPI" in line
+
+
+def test_a_folder_of_another_configuration_is_left_alone(said, settings: list[str], tmp_path: Path) -> None:
+    assert run.main([*settings, f"--run_dir={tmp_path / 'run'}"]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    code, line = said("--seed=7")
+    assert code == 2 and "belongs to experiment" in line and "--run_dir" in line
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_no_tokenizer(said, model_folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((model_folder / name).read_bytes())
+    code, line = said(f"--model.path={bare}")
+    assert code == 1 and "tokenizer" in line and "bare" in line
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_error_on_one_rank_ends_all_of_them(settings: list[str], tmp_path: Path, monkeypatch, rank: int) -> None:
+    """The disk fills up where the server commits, or where a client keeps its state."""
+
+    def full(tensors, path, *rest) -> None:
+        if (".client-1" if rank == 2 else "state.safetensors") in str(path):
+            raise OSError(28, "No space left on device")
+        original(tensors, path, *rest)
+
+    original = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    wanted = ranks.recipe(*settings, "--train.optimizer_state=keep", "--clients_per_round=9")
+    results = ranks.run(wanted, tmp_path / "run", 4)
+    assert isinstance(results[rank], CheckpointError) and "make room" in str(results[rank])
+    others = [result for number, result in enumerate(results) if number != rank]
+    assert all(isinstance(result, Aborted) and "No space left" in str(result) for result in others), others
+    monkeypatch.setattr(checkpoint, "save_file", original)
+    assert ranks.run(wanted, tmp_path / "run", 4) == [0] * 4
+    ranks.run(wanted, tmp_path / "whole")
+    assert ranks.adapter(tmp_path / "run") == ranks.adapter(tmp_path / "whole")
