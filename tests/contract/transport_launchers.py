@@ -1,0 +1,103 @@
+"""Ways to start the ranks of the contract suite, one for each transport. Whatever a launcher started, it ends by its pid."""
+
+import ast
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from fedmpi.transports import in_process
+from transport_cases import CHUNK_BYTES
+from transport_ranks import Report, gloo_rank, run_cases
+
+HERE = Path(__file__).parent
+LIMIT_S = 120
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+OVERSUBSCRIBED = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def in_threads(names: list[str], size: int, timeout_s: float) -> dict[int, Report]:
+    """Ranks as threads of this process."""
+    reports: dict[int, Report] = {}
+    transports = in_process.open_all(size, timeout_s=timeout_s, chunk_bytes=CHUNK_BYTES)
+    threads = []
+    for t in transports:
+        t._in_threads = True
+        threads.append(threading.Thread(target=lambda t=t: reports.update({t.rank: run_cases(t, names)})))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    return reports
+
+
+class Spawned:
+    """Ranks as processes forked from a server that has torch imported already."""
+
+    def __init__(self, timeout_s: float, size: int) -> None:
+        self.timeout_s, self.size, self.port = timeout_s, size, free_port()
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["transport_ranks", "fedmpi.transports.torch_dist"])
+        self.started: list[tuple[int, multiprocessing.Process, object]] = []
+
+    def start(self, names: list[str], rank: int) -> None:
+        """Start one rank."""
+        back, to_child = self.context.Pipe(duplex=False)
+        arguments = (names, rank, self.size, self.port, self.timeout_s, to_child)
+        process = self.context.Process(target=gloo_rank, args=arguments)
+        process.start()
+        to_child.close()
+        self.started.append((rank, process, back))
+
+    def reports(self) -> dict[int, Report]:
+        """What the ranks reported; one that was killed reports nothing."""
+        got: dict[int, Report] = {}
+        try:
+            for rank, process, back in self.started:
+                try:
+                    if back.poll(LIMIT_S):
+                        got[rank] = back.recv()
+                except EOFError:
+                    continue
+        finally:
+            for _, process, _ in self.started:
+                process.kill()
+                process.join()
+        return got
+
+
+def over_gloo(names: list[str], size: int, timeout_s: float) -> dict[int, Report]:
+    """All ranks of a world over gloo."""
+    ranks = Spawned(timeout_s, size)
+    for rank in range(size):
+        ranks.start(names, rank)
+    return ranks.reports()
+
+
+def over_mpi(names: list[str], size: int, timeout_s: float) -> dict[int, Report]:
+    """All ranks of a world under mpirun."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = [sys.executable, str(HERE / "transport_ranks.py"), ",".join(names), str(timeout_s), folder]
+        paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+        environ = {**os.environ, **OVERSUBSCRIBED, "PYTHONPATH": paths}
+        subprocess.run([str(MPIRUN), "-n", str(size), *program], env=environ, timeout=LIMIT_S, check=False)
+        return {int(path.name): ast.literal_eval(path.read_text()) for path in Path(folder).iterdir()}
+
+
+LAUNCHERS = {"in_process": in_threads, "torch": over_gloo, "mpi": over_mpi}
