@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -57,7 +57,9 @@ class _Turn:
     config: Config
     hooks: Sequence[Hook]
     device: torch.device
+    num_micro: int
     num_steps: int
+    flops_per_token: int
 
 
 @dataclass
@@ -85,18 +87,18 @@ def fit(
 
     The given hooks are called first, then those of the configuration, made anew. `state` is what a former fit returned;
     without it the optimiser starts fresh. Raises NonFinite, naming step and samples, before a bad weight can be sent.
+    The model stays in training mode: a switch costs as much as a small step, and evaluation sets its own mode.
     """
     started = time.perf_counter()
-    was_training = model.training
-    model.train()
-    turn, num_micro = _begin(model, examples, config, hooks, state)
+    if not model.training:
+        model.train()
+    turn = _begin(model, examples, config, hooks, state)
     seed_everything(seed_for(seed, "dropout", *([turn.engine.rank] if turn.engine.rank else [])))
     draws = batches(examples, config.batch_size * turn.engine.size, seed_for(seed, "batches"), pad_id)
     try:
-        tally = _train(model, turn, islice(draws, num_micro))
+        tally = _train(model, turn, islice(draws, turn.num_micro))
     finally:
         turn.engine.close()
-        model.train(was_training)
     taken = turn.num_steps + (state.step if state is not None else 0)
     supervised = sum(tally.supervised)
     return Fit(
@@ -108,7 +110,7 @@ def fit(
         tokens=tally.tokens,
         supervised=supervised,
         seconds=time.perf_counter() - started,
-        flops=flops_per_token(model) * tally.tokens,
+        flops=turn.flops_per_token * tally.tokens,
         state=optim.save(turn.optimizer, turn.parameters, taken) if config.optimizer_state == "keep" else None,
     )
 
@@ -120,10 +122,10 @@ def num_micro_batches(config: Config, num_examples: int, num_ranks: int = 1) -> 
     return config.epochs * math.ceil(num_examples / (config.batch_size * num_ranks))
 
 
-def flops_per_token(model: torch.nn.Module) -> int:
-    """Operations that training takes per token, from the shapes alone (see Fit)."""
+def flops_per_token(model: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]) -> int:
+    """Operations that training takes per token, from the shapes of all the model's parameters (see Fit)."""
     num_weights = num_trained = 0
-    for parameter in model.parameters():
+    for parameter in parameters:
         num_weights += parameter.numel()
         num_trained += parameter.numel() if parameter.requires_grad else 0
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
@@ -139,9 +141,9 @@ def _begin(
     config: Config,
     hooks: Sequence[Hook],
     state: optim.OptimState | None,
-) -> tuple[_Turn, int]:
-    """What the turn works with, and the number of micro-batches that it draws."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+) -> _Turn:
+    everything = dict(model.named_parameters())
+    parameters = {name: p for name, p in everything.items() if p.requires_grad}
     if not examples:
         raise TrainingError("no examples to train on: give the client rows, or leave it out of the federation")
     if not parameters:
@@ -153,9 +155,17 @@ def _begin(
     if state is not None:
         optim.restore(optimizer, parameters, state)
     num_micro = num_micro_batches(config, len(examples), engine.size)
-    num_steps = math.ceil(num_micro / config.accumulation)
-    turn = _Turn(engine, parameters, optimizer, config, (*hooks, *load_hooks(config.hooks)), device, num_steps)
-    return turn, num_micro
+    return _Turn(
+        engine=engine,
+        parameters=parameters,
+        optimizer=optimizer,
+        config=config,
+        hooks=(*hooks, *load_hooks(config.hooks)),
+        device=device,
+        num_micro=num_micro,
+        num_steps=math.ceil(num_micro / config.accumulation),
+        flops_per_token=flops_per_token(model, everything.values()),
+    )
 
 
 def _train(model: torch.nn.Module, turn: _Turn, draws: Iterator[Batch]) -> _Tally:
