@@ -11,13 +11,13 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmpi import config, recipe
-from fedmpi.errors import ConfigError, FedmpiError, WorldError
+from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, WorldError
 from fedmpi.recipe import Recipe
 from fedmpi.world import World, from_environment
 
@@ -88,17 +88,24 @@ class Program:
 
     def run(self) -> int:
         """Gives the exit code, the same on every rank."""
-        from fedmpi.round import End
-
         path = self._path()
         if self.world.rank == 0:
             from fedmpi.folder import RunFolder
 
             RunFolder(path, self.recipe.hash(), self.recipe.keep).claim(self.recipe.resume, self.recipe.settings())
+        self._tell(path, "running")
+        try:
+            return self._scenarios(path)
+        except FedmpiError:
+            self._tell(path, "failed")
+            raise
+
+    def _scenarios(self, path: Path) -> int:
+        from fedmpi.round import End
+
         host = self._host()
         names = ("local", "global", "fed") if self.recipe.scenario == "all" else (self.recipe.scenario,)
         results: dict[str, Any] = {}
-        self._tell(path, "running")
         for name in names:
             folder = path / name if len(names) > 1 and name != "fed" else path
             end, results[name] = self._fed(host, folder) if name == "fed" else self._solos(name, host, folder)
@@ -157,7 +164,8 @@ class Program:
         if self.world.rank == 0:
             from fedmpi.checkpoint import write_atomically
 
-            write_atomically(path / "state.json", json.dumps({"state": state, "signal": self.stop.signal}) + "\n")
+            with suppress(CheckpointError) if state == "failed" else nullcontext():  # a full disk is told of already
+                write_atomically(path / "state.json", json.dumps({"state": state, "signal": self.stop.signal}) + "\n")
 
 
 def show(results: Mapping[str, Any], path: Path) -> None:
