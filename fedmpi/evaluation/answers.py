@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
+from fedmpi.data.corpora import Row
 from fedmpi.data.prompts import encode_prompts, render
 from fedmpi.evaluation.loss import inference
+
+SLACK = 8  # a token is at least a byte of the response, but for white space around it and the end token
 
 
 @dataclass(frozen=True)
@@ -24,26 +27,32 @@ class Score:
 def exact_match(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[Any],
+    rows: Sequence[Row],
     template: str = "alpaca",
     max_new_tokens: int = 64,
     batch_size: int = 64,
 ) -> Score:
-    """Answer every row greedily and compare. Prompts of like length stand in one batch, padded on their left."""
+    """Answer every row greedily and compare. Prompts of like length stand in one batch, padded on their left.
+
+    An answer is not followed far beyond the length of its row's response, where it could no longer become right.
+    """
     prompts = encode_prompts([render(row.instruction, row.input, template) for row in rows], tokenizer)
+    limits = [min(max_new_tokens, len(row.output.encode()) + SLACK) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     outputs = [""] * len(rows)
     with inference(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            answers = _answers(model, tokenizer, [prompts[index] for index in chosen], max_new_tokens)
-            for index, text in zip(chosen, answers, strict=True):
+            for index, text in zip(chosen, _answers(model, tokenizer, prompts, limits, chosen), strict=True):
                 outputs[index] = text
     return _score(rows, outputs)
 
 
-def _answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-    """What the model says after each prompt, up to its end token, stripped."""
+def _answers(
+    model: Any, tokenizer: Any, all_prompts: Sequence[Sequence[int]], limits: Sequence[int], chosen: Sequence[int]
+) -> list[str]:
+    """What the model says after each chosen prompt, up to its end token or the prompt's limit, stripped."""
+    prompts = [all_prompts[index] for index in chosen]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
@@ -52,13 +61,14 @@ def _answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_n
     full = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max(limits[index] for index in chosen),
         do_sample=False,
         num_beams=1,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad,
     )
-    answers = [_until(answer, tokenizer.eos_token_id) for answer in full[:, width:].tolist()]
+    said = zip(full[:, width:].tolist(), (limits[index] for index in chosen), strict=True)
+    answers = [_until(answer[:limit], tokenizer.eos_token_id) for answer, limit in said]
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
@@ -66,7 +76,7 @@ def _until(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end)] if end in ids else ids
 
 
-def _score(rows: Sequence[Any], outputs: Sequence[str]) -> Score:
+def _score(rows: Sequence[Row], outputs: Sequence[str]) -> Score:
     hits: dict[str, list[bool]] = defaultdict(list)
     for row, output in zip(rows, outputs, strict=True):
         hits[row.category].append(output == row.output.strip())

@@ -55,7 +55,7 @@ class Config:
         precision: fp32, or bf16 for autocast; trained weights stay as they are.
         engine: plain, or ddp among the ranks of a clustered client.
         optimizer_state: fresh in every turn, or keep, as state that the client owns.
-        hooks: dotted names of hook classes, called in this order.
+        hooks: dotted names of hook classes, a list or joined by commas, called in this order.
     """
 
     steps: int = 10
@@ -72,10 +72,12 @@ class Config:
     precision: Precision = "fp32"
     engine: EngineName = "plain"
     optimizer_state: StateBetweenTurns = "fresh"
-    hooks: tuple[str, ...] = ()
+    hooks: tuple[str, ...] | str = ()
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained with, naming the key."""
+        """Refuse what cannot be trained with, naming the key. Hooks become a tuple however they were written."""
+        if isinstance(self.hooks, str):
+            object.__setattr__(self, "hooks", tuple(name.strip() for name in self.hooks.split(",") if name.strip()))
         for key in ("steps", "batch_size", "accumulation", *(() if self.epochs is None else ("epochs",))):
             _expect(self, key, lambda value: value >= 1, "at least 1")
         _expect(self, "lr", lambda value: 0 < value < float("inf"), "a finite number above 0")

@@ -75,6 +75,15 @@ def test_an_answer_ends_at_the_end_token():
     assert list(cut) == [text.split(whole[0][2])[0] for text in whole] and len(cut[0]) <= 2
 
 
+def test_an_answer_is_followed_no_further_than_it_could_become_right():
+    """The limit is a row's own, so that the rows beside it in a batch do not matter."""
+    rows = [Row("Add", "", "", "a"), Row("Add two", "", "xy" * 6, "a")]
+    model = llama(vocab=100, spread=0.5)
+    together = exact_match(model, Letters(), rows, max_new_tokens=64)
+    assert list(map(len, together.outputs)) == [8, 12 + 8]
+    assert together.outputs == exact_match(model, Letters(), rows, max_new_tokens=64, batch_size=1).outputs
+
+
 def test_the_mode_comes_back():
     model = llama(vocab=100, spread=0.5).train()
     exact_match(model, Letters(), ROWS[:2], max_new_tokens=1)

@@ -89,6 +89,11 @@ def test_hooks_by_name_are_new_objects_in_order(tmp_path, monkeypatch):
     assert len(users_own.made) == 4 and len(set(map(id, users_own.made))) == 4
 
 
+def test_hooks_written_in_one_line_are_the_same_configuration():
+    assert Config(hooks="my.First, my.Second") == Config(hooks=("my.First", "my.Second"))
+    assert Config(hooks="").hooks == ()
+
+
 def test_every_bad_name_is_listed():
     names = ("plain", "no.such.Module", "fedmpi.training.Absent", "collections.OrderedDict", "fedmpi.training.Hook")
     with pytest.raises(ConfigError) as caught:
