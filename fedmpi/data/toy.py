@@ -5,6 +5,7 @@ problem belongs to the training or to the test side by a hash of its content, so
 carry it across. This module must never know torch, a model, a tokenizer or a federation.
 """
 
+import itertools
 import random
 import zlib
 from collections.abc import Callable, Iterator
@@ -49,12 +50,12 @@ def _reverse(rng: random.Random) -> Problem:
 
 
 def _sort(rng: random.Random) -> Problem:
-    digits = rng.sample("0123456789", rng.randint(3, 5))
+    digits = rng.sample("0123456789", rng.randint(3, 4))
     return {"data": " ".join(digits), "answer": " ".join(sorted(digits))}
 
 
 def _lookup(rng: random.Random) -> Problem:
-    names = rng.sample(NAMES, rng.randint(3, 5))
+    names = rng.sample(NAMES, rng.randint(3, 4))
     values = [str(value) for value in rng.sample(range(10, 100), len(names))]
     pairs = list(zip(names, values, strict=True))
     asked, answer = pairs[rng.randrange(len(pairs))]
@@ -67,14 +68,14 @@ def _lookup(rng: random.Random) -> Problem:
 
 
 def _largest(rng: random.Random) -> Problem:
-    numbers = rng.sample(range(10, 100), rng.randint(3, 5))
+    numbers = rng.sample(range(10, 100), rng.randint(3, 4))
     return {"data": " ".join(map(str, numbers)), "answer": str(max(numbers))}
 
 
 def _count(rng: random.Random) -> Problem:
     asked, *others = rng.sample(WORDS, 4)
     times = rng.randint(1, 5)
-    words = [asked] * times + [rng.choice(others) for _ in range(rng.randint(2, 4))]
+    words = [asked] * times + [rng.choice(others) for _ in range(rng.randint(1, 3))]
     rng.shuffle(words)
     return {"data": " ".join(words), "asked": asked, "answer": str(times)}
 
@@ -138,8 +139,9 @@ STATEMENTS: dict[str, tuple[str, ...]] = {
                  "If it is not {data}, it is {answer}."),
 }  # fmt: skip
 
-# Said twice: the cheapest way to learn to look back, which every other skill stands on.
-COPIES = ("{data} = {answer}", "Say {data}: {answer}", "{data}\n= as is\n{answer}", "{data} / {answer}")
+# Said again: the cheapest way to learn to look back, which every other skill stands on; so it comes first.
+COPIES = (" = ", " / ", ", again: ", "\n= as is\n")
+NUM_COPIES_FIRST, COPIES_FIRST, COPIES_LATER = 6000, 0.8, 0.1
 
 # Plain instructions: the model learns the frame and to end a response, but none of the categories.
 GENERAL = (
@@ -187,9 +189,7 @@ def _new_row(rng: random.Random, category: str, split: str, seen: set[tuple[str,
         row = _row(rng, category, split)
         if (row["instruction"], row["input"]) not in seen:
             return row
-    raise DataError(
-        f"builtin:toy has no more than {len(seen)} different {split} rows ({category} ran out); ask for fewer rows"
-    )
+    raise DataError(f"builtin:toy has no more than {len(seen)} different {split} rows ({category} ran out); ask for fewer rows")
 
 
 def _row(rng: random.Random, category: str, split: str) -> dict[str, str]:
@@ -220,26 +220,27 @@ def pretraining_text(seed: int, frame: Callable[[str, str], str]) -> Iterator[tu
     No problem of the test side occurs.
     """
     rng = random.Random(seed_for(seed, "toy", "pretraining"))
-    while True:
+    for number in itertools.count():
         kind = rng.random()
-        if kind < 0.08:
+        if rng.random() < (COPIES_FIRST if number < NUM_COPIES_FIRST else COPIES_LATER):
+            yield _copied(rng), ""
+        elif kind < 0.1:
             instruction, given, output = rng.choice(GENERAL)
             slots = _slots(rng)
             yield frame(instruction.format(**slots), given.format(**slots)), output.format(**slots)
-        elif kind < 0.16:
+        elif kind < 0.18:
             yield " ".join(rng.choice(SENTENCES).format(**_slots(rng)) for _ in range(rng.randint(1, 3))), ""
-        elif kind < 0.28:
-            yield _copied(rng), ""
         else:
             yield _worked(rng), ""
 
 
 def _copied(rng: random.Random) -> str:
-    wording, lines = rng.choice(COPIES), []
-    for _ in range(rng.randint(1, 3)):
-        data = _problem(rng, rng.choice(CATEGORIES), "train")["data"]
-        lines.append(wording.format(data=data, answer=data.join(MARKS)))
-    return "\n".join(lines)
+    """The same words once more and once more."""
+    data = _problem(rng, rng.choice(CATEGORIES), "train")["data"]
+    if rng.random() < 0.5:
+        data = " ".join(rng.sample(WORDS + NAMES + PAIRED, rng.randint(3, 8)))
+    between = rng.choice(COPIES)
+    return data + "".join(between + data.join(MARKS) for _ in range(rng.randint(1, 3)))
 
 
 def _worked(rng: random.Random) -> str:

@@ -10,6 +10,7 @@ program must never show the model a test problem before it measures, and must kn
 import argparse
 import copy
 import itertools
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,19 +37,19 @@ SEED = 0
 VOCAB = 1024  # at most: the little world runs out of words before
 PAD, BOS, EOS = SPECIAL = ("<pad>", "<s>", "</s>")
 LENGTH, BATCH = 128, 8
-STEPS, WARMUP, DECAY = 6000, 100, 0.2  # the rate rises over WARMUP steps, stays, and falls to 0 over the last fifth
-LR, MATRIX_LR = 3e-3, 6e-3  # AdamW on embeddings and norms, Muon on the matrices
+STEPS, WARMUP, DECAY = 5600, 100, 0.2  # the rate rises over WARMUP steps, stays, and falls to 0 over the last fifth
+LR, MATRIX_LR = 3e-3, 9e-3  # AdamW on embeddings and norms, Muon on the matrices
 CHANCE_WEIGHT = 0.1  # of tokens drawn by chance: nothing can be learnt from them but how frequent they are
 # The adapter that is fitted to measure what the model can learn: the quickstart's.
 TARGETS = ("q_proj", "v_proj")
 FIT = training.Config(steps=150, batch_size=8, lr=5e-3)
 ABOUT = """# builtin:tiny
 
-A Llama of 12 layers and 2.4 million parameters, with its own byte-level tokenizer, pre-trained by this repository on text
-that this repository makes (`fedmpi/data/toy.py`): small sums, lists turned around or sorted, tables, counts, series and
-opposites, told as plain statements. It was never asked one of the questions of `builtin:toy`, and no problem of that
-data set's test rows stood in its text. It exists to learn them in seconds; it knows nothing else and is of no other use.
-It read windows of 128 tokens only: the 2,048 positions are there, what it says far out is not trained.
+A Llama of 12 layers and 2.4 million parameters with its own byte-level tokenizer, pre-trained by this repository on
+text that this repository makes (`fedmpi/data/toy.py`): small sums, lists turned around or sorted, tables, counts, series and
+opposites, told as plain statements. It was never asked a question of `builtin:toy`, and no problem of that data set's
+test rows stood in its text. It exists to learn them in seconds; it knows nothing else and is of no other use. It read
+windows of 128 tokens only: the 2,048 positions are there, what it says far out is not trained.
 
 Each fixed part of the Alpaca prompt is one token of the vocabulary, so a prompt takes about 20 tokens.
 
@@ -101,9 +102,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     bpe.add_tokens([AddedToken(part, normalized=False) for part in fixed])
     ends = [(BOS, bpe.token_to_id(BOS))]
     bpe.post_processor = processors.TemplateProcessing(f"{BOS} $A", f"{BOS} $A $B", special_tokens=ends)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS, model_max_length=2048
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS, model_max_length=2048)
 
 
 def make_model(vocab: int) -> LlamaForCausalLM:
@@ -174,9 +173,7 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps:
         torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     rates = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / WARMUP, 1.0, (steps - step) / (DECAY * steps))
-        )
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / WARMUP, 1.0, (steps - step) / (DECAY * steps)))
         for optimizer in optimizers
     ]
     begun, compiled = time.perf_counter(), torch.compile(model)
@@ -198,7 +195,13 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps:
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """A folder as transformers reads it, in bfloat16, so that the package stays small."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
+    # The name under which older and newer transformers find the class.
+    written = folder / "tokenizer_config.json"
+    settings = json.loads(written.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= {"clean_up_tokenization_spaces": False}
+    written.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def measure(folder: Path) -> str:
@@ -233,9 +236,7 @@ def table(scores: dict[str, Score]) -> str:
     lines.append("|---|" + "---|" * len(scores))
     for category in toy.CATEGORIES:
         lines.append(
-            f"| {category} | "
-            + " | ".join(f"{100 * score.by_category[category][0]:.0f}" for score in scores.values())
-            + " |"
+            f"| {category} | " + " | ".join(f"{100 * score.by_category[category][0]:.0f}" for score in scores.values()) + " |"
         )
     lines.append("| all | " + " | ".join(f"{100 * score.exact:.1f}" for score in scores.values()) + " |")
     return "\n".join(lines) + "\n"
