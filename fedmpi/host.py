@@ -33,10 +33,20 @@ class Base:
         """The backbone's own tokenizer."""
         return models.load_tokenizer(self.config)
 
-    @cached_property
+    @property
     def model(self) -> "PeftModel":
         """The backbone with the adapter on it. Hosted clients take turns on it: each loads its own values first."""
-        return models.add_adapter(models.load_model(self.config, self.device), self.peft, self.seed)
+        return self._loaded[0]
+
+    @property
+    def fresh(self) -> Tensors:
+        """The adapter as it begins, whatever has been loaded into the model since."""
+        return self._loaded[1]
+
+    @cached_property
+    def _loaded(self) -> "tuple[PeftModel, Tensors]":
+        model = models.add_adapter(models.load_model(self.config, self.device), self.peft, self.seed)
+        return model, models.trainable(model)
 
     @property
     def pad_id(self) -> int:

@@ -36,7 +36,7 @@ class Client:
 
 def build_server(host: "Host") -> Server:
     """The adapter as it begins: equal to nothing, from the run's seed."""
-    return Server(models.trainable(host.base.model))
+    return Server(host.base.fresh)
 
 
 def build_client(host: "Host", client: int) -> Client:

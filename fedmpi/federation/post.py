@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from fedmpi import messages
 from fedmpi.errors import ProtocolError
 from fedmpi.messages import Header, Kind, Manifest
@@ -71,9 +73,10 @@ class Post:
             raise ProtocolError(
                 f"rank {message.peer} sent {header.kind.name} under manifest {header.manifest:x}, which it never announced"
             )
-        if manifest.num_bytes != header.length or message.payload is None:
+        if manifest.num_bytes != header.length:
             raise ProtocolError(f"rank {message.peer} sent {header.length} bytes, its manifest says {manifest.num_bytes}")
-        return messages.unpack(message.payload, manifest)
+        body = message.payload if message.payload is not None else torch.empty(0, dtype=torch.uint8)
+        return messages.unpack(body, manifest)
 
     def json(self, message: Message) -> dict[str, Any]:
         """The object of a message."""

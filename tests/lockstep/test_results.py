@@ -1,0 +1,89 @@
+"""What a run leaves behind is what it measured: the adapter opens with PEFT, the scenarios fill the table, early stopping stops."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedmpi import recipe as recipes
+from fedmpi.data import federate, tokenize
+from fedmpi.evaluation import heldout_loss
+from tests.lockstep.ranks import adapter, recipe, run
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+def test_the_adapter_opens_with_peft_and_gives_the_loss_of_the_run(settings: list[str], model_folder: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    wanted = recipe(*settings)
+    run(wanted, tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    rows = federate(wanted.data, wanted.clients, wanted.seed).heldout
+    examples, _ = tokenize(rows, AutoTokenizer.from_pretrained(model_folder), wanted.data)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert heldout_loss(model, examples, wanted.eval.batch_size, 0).loss == summary["final"]["eval_loss"]
+    assert summary["final"]["eval_loss"] < summary["base"]["eval_loss"]
+
+
+def test_no_file_of_the_adapter_tells_where_or_when_it_was_made(settings: list[str], model_folder: Path, tmp_path: Path) -> None:
+    run(recipe(*settings), tmp_path / "one")
+    run(recipe(*settings), tmp_path / "two")
+    for path in (tmp_path / "one" / "adapter").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / "adapter" / path.name).read_bytes()
+        assert str(model_folder.parent).encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_all_scenarios_and_the_table(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int) -> None:
+    short = [*settings, "--scenario=all", "--rounds=2", "--clients=3", "--clients_per_round=2", "--data.splitter=iid"]
+    assert run(recipe(*short), tmp_path, size) == [0] * size
+    said = capsys.readouterr().out
+    for row in ("the base model", "client 2 alone", "mean of the clients alone", "all data in one place", "the federation"):
+        assert row in said
+    for folder in ("adapter", "global/adapter", "local/clients/0/adapter", "local/clients/2/adapter"):
+        assert (tmp_path / folder / "adapter_model.safetensors").exists()
+    assert len({adapter(tmp_path / part) for part in (".", "global", "local/clients/0", "local/clients/1")}) == 4
+    again = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    assert run(recipe(*short), tmp_path, 2) == [0, 0]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == again
+
+
+def test_local_runs_have_the_same_bytes_wherever_they_run(settings: list[str], tmp_path: Path) -> None:
+    short = recipe(*settings, "--scenario=local", "--rounds=2", "--clients=3", "--clients_per_round=3")
+    for size in (1, 4):
+        run(short, tmp_path / str(size), size)
+    for client in range(3):
+        assert adapter(tmp_path / "1" / "clients" / str(client)) == adapter(tmp_path / "4" / "clients" / str(client))
+
+
+def test_early_stopping(settings: list[str], tmp_path: Path) -> None:
+    wanted = recipe(*settings, "--rounds=30", "--train.lr=5.0", "--early_stop=2")
+    assert run(wanted, tmp_path, 2) == [0, 0]
+    losses = [line["eval_loss"] for line in lines_of(tmp_path) if "event" not in line]
+    assert 3 <= len(losses) < 30
+    assert min(losses[-2:]) >= min(losses[:-2])
+    assert run(wanted, tmp_path) == [0]
+    assert len(lines_of(tmp_path)) == len(losses) + 1
+
+
+def test_checkpoints_may_be_rarer_than_rounds(settings: list[str], tmp_path: Path) -> None:
+    wanted = recipe(*settings, "--rounds=5")
+    run(wanted, tmp_path / "each")
+    run(replace(wanted, checkpoint_every=2), tmp_path / "rare", 3)
+    assert adapter(tmp_path / "each") == adapter(tmp_path / "rare")
+    kept = sorted(path.name for path in (tmp_path / "rare" / "checkpoints").glob("round-*"))
+    assert kept == ["round-000003", "round-000004"]
+    assert [line["round"] for line in lines_of(tmp_path / "rare")] == [-1, 0, 1, 2, 3, 4]
+
+
+def test_the_resolved_recipe_runs_again(settings: list[str], tmp_path: Path) -> None:
+    run(recipe(*settings), tmp_path / "run")
+    again = recipes.read([f"--config={tmp_path / 'run' / 'config.yaml'}"], "test", "")[0]
+    assert again.hash() == recipe(*settings).hash()
