@@ -6,7 +6,10 @@ division comes last. With the scale that `grid_scale` chooses the grid is far fi
 """
 
 import math
-from collections.abc import Iterable, Mapping
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,7 +18,8 @@ from fedmpi.errors import NonFinite, TrainingError
 from fedmpi.tensors import Tensors, same_names
 
 _LIMIT = 2.0**53
-_BLOCK = 1 << 16  # elements; a block in float64 stays in the second-level cache
+_BLOCK = 1 << 15  # elements; a block, its sums and its source stay in the second-level cache together
+_HUGE_BYTES = 4 << 20  # from here on the sums lie in huge pages, where the system has them
 
 
 class Weighted(Protocol):
@@ -28,6 +32,19 @@ class Weighted(Protocol):
     def weight(self) -> int: ...
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One tensor, or small neighbours of one dtype that are added in one go: calls of torch cost more than they do."""
+
+    like: Tensors
+    sums: torch.Tensor
+
+    def of(self, tensors: Tensors) -> torch.Tensor:
+        """These tensors' elements, flat."""
+        parts = [tensors[name].reshape(-1) for name in self.like]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def grid_scale(total_weight: int, largest: float) -> int:
     """The finest grid on which weights that sum to `total_weight` cannot overflow while no |x| passes 64 times `largest`."""
     room = max(1.0, 64.0 * max(largest, 1.0)) * max(1, total_weight)
@@ -36,47 +53,98 @@ def grid_scale(total_weight: int, largest: float) -> int:
 
 def exact_mean(updates: Iterable[Weighted], scale: int) -> Tensors:
     """Consume the updates as they come, holding one sum and never two of them; give sum(w * x) / sum(w) in their dtype."""
-    sums: Tensors = {}
-    dtypes: dict[str, torch.dtype] = {}
+    runs: list[_Run] = []
+    like: Tensors = {}
     bound, total = 0.0, 0
     for update in updates:
-        if not sums:
-            dtypes = {name: tensor.dtype for name, tensor in update.tensors.items()}
-            sums = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in update.tensors.items()}
-        same_names(sums, update.tensors)
-        factor = math.ldexp(update.weight, scale)
-        bound += largest(update.tensors) * factor + 1.0
-        if bound >= _LIMIT:
-            raise TrainingError(
-                f"the exact mean would overflow its grid 2**-{scale}: the updates have grown more than 64-fold in one round; "
-                "lower the learning rate or clip the updates"
-            )
-        for name, tensor in update.tensors.items():
-            _add(sums[name], tensor, factor)
+        if not runs:
+            like = {name: torch.empty_like(tensor, device="meta") for name, tensor in update.tensors.items()}
+            runs = list(_runs(like))
+        _same_shapes(like, update.tensors)
+        bound += _add(runs, update, scale, bound)
         total += update.weight
     if not total:
         raise TrainingError("the exact mean needs at least one update with a positive weight, found none")
-    return {name: sums[name].div_(math.ldexp(total, scale)).to(dtypes[name]) for name in sums}
+    return {name: tensor for run in runs for name, tensor in _quotient(run, math.ldexp(total, scale))}
 
 
 def largest(tensors: Mapping[str, torch.Tensor]) -> float:
     """The largest magnitude of all elements; NonFinite names the tensor that holds a NaN or an infinity."""
     most = 0.0
     for name, tensor in tensors.items():
-        if not tensor.numel():
-            continue
-        low, high = torch.aminmax(tensor)
-        most_here = max(abs(float(low)), abs(float(high)))
-        if not math.isfinite(most_here) or math.isnan(float(low) + float(high)):
+        most_here = _magnitude(tensor)
+        if not math.isfinite(most_here):
             raise NonFinite(f"tensor {name} holds a value that is not finite")
         most = max(most, most_here)
     return most
 
 
-def _add(into: torch.Tensor, tensor: torch.Tensor, factor: float) -> None:
-    flat_sum, flat = into.view(-1), tensor.reshape(-1)
-    block = torch.empty(min(_BLOCK, flat.numel()), dtype=torch.float64)
-    for start in range(0, flat.numel(), _BLOCK):
-        piece = flat[start : start + _BLOCK]
-        part = block[: piece.numel()].copy_(piece)
-        flat_sum[start : start + _BLOCK].add_(part.mul_(factor).round_())
+def _magnitude(tensor: torch.Tensor) -> float:
+    """The largest magnitude; infinite where any element is a NaN."""
+    if not tensor.numel():
+        return 0.0
+    low, high = (float(end) for end in torch.aminmax(tensor))
+    return math.inf if math.isnan(low + high) else max(abs(low), abs(high))
+
+
+def _runs(like: Tensors) -> Iterator[_Run]:
+    """The tensors in their order, cut into runs, each with its place in one zeroed sum."""
+    groups: list[Tensors] = []
+    room, dtype = 0, None
+    for name, tensor in like.items():
+        if tensor.numel() > room or tensor.dtype != dtype:
+            groups.append({})
+            room, dtype = _BLOCK, tensor.dtype
+        groups[-1][name] = tensor
+        room -= tensor.numel()
+    sizes = [sum(tensor.numel() for tensor in group.values()) for group in groups]
+    yield from (_Run(group, sums) for group, sums in zip(groups, torch.split(_zeros(sum(sizes)), sizes), strict=True))
+
+
+def _zeros(num: int) -> torch.Tensor:
+    """So many float64 zeros. With pages of the usual size, touching them first would cost as much as adding two updates."""
+    if 8 * num < _HUGE_BYTES:
+        return torch.zeros(num, dtype=torch.float64)
+    memory = mmap.mmap(-1, 8 * num, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float64)
+
+
+def _same_shapes(like: Tensors, tensors: Tensors) -> None:
+    same_names(like, tensors)
+    for name, tensor in tensors.items():
+        if (tensor.shape, tensor.dtype) != (like[name].shape, like[name].dtype):
+            expected, found = (f"{tuple(t.shape)} {t.dtype}" for t in (like[name], tensor))
+            raise TrainingError(f"tensor {name} is {found} in one update and {expected} in another: settings differ")
+
+
+def _add(runs: list[_Run], update: Weighted, scale: int, bound: float) -> float:
+    """Add an update to the sums, which `bound` grid steps bound so far; gives what to add to that bound."""
+    factor, most = math.ldexp(update.weight, scale), 0.0
+    block = torch.empty(_BLOCK, dtype=torch.float64)
+    for run in runs:
+        elements = run.of(update.tensors)
+        magnitude = _magnitude(elements)
+        if not math.isfinite(magnitude):
+            largest({name: update.tensors[name] for name in run.like})  # names the tensor
+        most = max(most, magnitude)
+        if bound + most * factor + 1.0 >= _LIMIT:
+            raise TrainingError(
+                f"the exact mean would overflow its grid 2**-{scale}: the updates have grown more than 64-fold in one round; "
+                "lower the learning rate or clip the updates"
+            )
+        for piece, sums in zip(torch.split(elements, _BLOCK), torch.split(run.sums, _BLOCK), strict=True):
+            sums.add_(block[: piece.numel()].copy_(piece).mul_(factor).round_())
+    return most * factor + 1.0
+
+
+def _quotient(run: _Run, divisor: float) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a run, divided."""
+    block = torch.empty(_BLOCK, dtype=torch.float64)
+    sizes = [tensor.numel() for tensor in run.like.values()]
+    for (name, like), sums in zip(run.like.items(), torch.split(run.sums, sizes), strict=True):
+        quotient = torch.empty(like.shape, dtype=like.dtype)
+        for piece, part in zip(torch.split(quotient.view(-1), _BLOCK), torch.split(sums, _BLOCK), strict=True):
+            piece.copy_(torch.div(part, divisor, out=block[: part.numel()]))
+        yield name, quotient
