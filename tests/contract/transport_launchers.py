@@ -11,9 +11,10 @@ import tempfile
 import threading
 from pathlib import Path
 
-from fedmpi.transports import in_process
 from transport_cases import CHUNK_BYTES
 from transport_ranks import Report, gloo_rank, run_cases
+
+from fedmpi.transports import in_process
 
 HERE = Path(__file__).parent
 LIMIT_S = 120
@@ -69,16 +70,16 @@ class Spawned:
         """What the ranks reported; one that was killed reports nothing."""
         got: dict[int, Report] = {}
         try:
-            for rank, process, back in self.started:
+            for rank, _, back in self.started:
                 try:
                     if back.poll(LIMIT_S):
                         got[rank] = back.recv()
                 except EOFError:
                     continue
         finally:
-            for _, process, _ in self.started:
-                process.kill()
-                process.join()
+            for one in self.started:
+                one[1].kill()
+                one[1].join()
         return got
 
 

@@ -6,6 +6,7 @@ import traceback
 
 import torch
 import transport_cases
+
 from fedmpi.errors import WorldError
 from fedmpi.transports.base import Transport
 from fedmpi.world import World
@@ -23,7 +24,7 @@ def run_cases(t: Transport, names: list[str]) -> Report:
                 report.append((name, str(getattr(transport_cases, name)(t) or "ok")))
                 if meet:
                     transport_cases.meet(t)
-    except BaseException:
+    except BaseException:  # noqa: BLE001  the test judges what a rank says, whatever it is
         report.append((names[len(report)] if len(report) < len(names) else "close", traceback.format_exc()))
     return report
 
