@@ -94,9 +94,7 @@ class Cluster:
 
     def run(self, *command: str, timeout_s: float = 120, check: bool = True, **more: str) -> str:
         """Output of one command, Slurm's or the shell's, with the environment of the cluster."""
-        done = subprocess.run(
-            command, env=self.environ | more, capture_output=True, text=True, timeout=timeout_s, cwd=self.state
-        )
+        done = subprocess.run(command, env=self.environ | more, capture_output=True, text=True, timeout=timeout_s, cwd=self.state)
         if check and done.returncode != 0:
             raise AssertionError(f"{' '.join(command)} exited {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout + done.stderr
@@ -160,9 +158,7 @@ def _configure(state: Path, names: tuple[str, ...], cpus: int, head: str) -> dic
     lines.append(f"PartitionName=main Nodes={','.join(names)} Default=YES MaxTime=INFINITE State=UP\n")
     (state / "slurm.conf").write_text("".join(lines))
     (state / "cgroup.conf").touch()
-    outside = {
-        k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "PMI", "OMPI_COMM", "MPI_"))
-    }
+    outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "PMI", "OMPI_COMM", "MPI_"))}
     return outside | {"SLURM_CONF": str(state / "slurm.conf"), "PATH": SYSTEM_PATH}
 
 

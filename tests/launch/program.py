@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 RECIPE = Path(__file__).with_name("tiny.yaml")
 PROGRAM = ("-m", "fedmpi.run", "--config", str(RECIPE))
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-LAUNCH_S = 180
+LAUNCH_S = 280  # ten times what an idle machine of two cores needs
 LAUNCHERS = ("SLURM_", "SBATCH_", "PMI", "OMPI_", "MPI_", "TORCHELASTIC_", "HYD")
 BY_HAND = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from program import RECIPE, REPOSITORY, adapter_of, run
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(600)]
 MPIRUN = ("bash", str(REPOSITORY / "launch/mpirun.sh"), "4", "--config", str(RECIPE), "--run_dir", "run")
 OPEN_MPI = Path(sys.prefix)
 MPICH = Path(os.environ.get("FEDMPI_TEST_MPICH", f"{sys.prefix}-mpich"))

@@ -9,6 +9,7 @@ import pytest
 from program import LAUNCH_S, RECIPE, REPOSITORY, adapter_of, run
 
 QUICKSTART_S = 1200
+pytestmark = pytest.mark.timeout(2 * QUICKSTART_S)
 NO_PIP = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}  # with this, pip could install nothing
 
 

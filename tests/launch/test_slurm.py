@@ -7,7 +7,7 @@ import pytest
 from cluster import Cluster
 from program import LAUNCH_S, PROGRAM, RECIPE, REPOSITORY, adapter_of, clean_environment, rounds_of, state_of
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 PYTHON = str(REPOSITORY / ".venv/bin/python")
 JOB = str(REPOSITORY / "slurm/fedavg.sh")
 
@@ -18,7 +18,7 @@ def of_the_program() -> dict[str, str]:
 
 
 def srun(slurm: Cluster, run_dir: Path, *options: str) -> str:
-    where = ("--nodes=2", "--ntasks-per-node=2", "--time=5", *options)
+    where = ("--nodes=2", "--ntasks-per-node=2", "--time=9", *options)
     command = ("srun", *where, PYTHON, *PROGRAM, "--run_dir", str(run_dir))
     return slurm.run(*command, timeout_s=LAUNCH_S, **of_the_program())
 
@@ -53,12 +53,13 @@ def test_a_signalled_job_commits_is_requeued_and_ends_in_the_same_bytes(
     if not slurm.separate_hosts:
         pytest.skip("nodes without host names of their own: needs root and network namespaces")
     run_dir, log = tmp_path / "run", tmp_path / "log.txt"
-    options = (f"--output={log}", "--time=5", f"--chdir={tmp_path}")
+    options = (f"--output={log}", "--time=9", "--ntasks-per-node=1", f"--chdir={tmp_path}")
     wanted = ("--config", str(RECIPE), "--run_dir", str(run_dir))
     job = slurm.submit(*options, JOB, *wanted, **of_the_program(), FEDMPI_LAUNCHER=launcher)
     deadline = time.monotonic() + LAUNCH_S
     while not rounds_of(run_dir):
-        assert time.monotonic() < deadline and slurm.job(job)["JobState"] in ("PENDING", "RUNNING"), log.read_text()
+        state = slurm.job(job)["JobState"]
+        assert time.monotonic() < deadline and state in ("PENDING", "CONFIGURING", "RUNNING"), (state, log.read_text())
         time.sleep(0.02)
     slurm.run("scancel", "--batch", "--signal=USR1", job)
     ended = slurm.wait(job, timeout_s=LAUNCH_S)

@@ -23,6 +23,8 @@ from program import (
     wait_for,
 )
 
+pytestmark = pytest.mark.timeout(600)
+
 
 def standalone(ranks: int) -> list[str]:
     return [*TORCHRUN, "--standalone", "--nproc_per_node", str(ranks), *PROGRAM, "--run_dir", "run"]
@@ -46,7 +48,7 @@ def test_two_agents_meet_over_c10d(tmp_path: Path, expected: str) -> None:
 
 
 def test_usr1_to_the_agent_commits_and_another_placement_goes_on(tmp_path: Path, expected: str) -> None:
-    command = ["bash", str(REPOSITORY / "launch/torchrun.sh"), "4", "--config", str(RECIPE), "--run_dir", "run"]
+    command = ["bash", str(REPOSITORY / "launch/torchrun.sh"), "3", "--config", str(RECIPE), "--run_dir", "run"]
     with started(command, tmp_path) as agent:
         wait_for(lambda: rounds_of(tmp_path / "run"), agent, "a committed round")
         agent.send_signal(signal.SIGUSR1)
@@ -58,7 +60,7 @@ def test_usr1_to_the_agent_commits_and_another_placement_goes_on(tmp_path: Path,
 
 
 def test_killed_without_warning_and_resumed_on_fewer_ranks(tmp_path: Path, expected: str) -> None:
-    with started(standalone(4), tmp_path) as agent:
+    with started(standalone(3), tmp_path) as agent:
         wait_for(lambda: rounds_of(tmp_path / "run"), agent, "a committed round")
         kill_all(agent)
     assert state_of(tmp_path / "run") == "running"
