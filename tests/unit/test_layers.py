@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2] / "fedmpi"
 FLOORS = {
-    5: "run session plan evaluate generate export report",
+    5: "run session solo plan evaluate generate export report",
     4: "algorithms",
     3: "federation checkpoint folder host progress recipe",
     2: "transports codecs training offsite evaluation",
