@@ -1,6 +1,6 @@
 """The page: a run's heading, results, plots, clients, events and settings as HTML without script or network.
 
-Every text from a file is escaped where it is put between tags, here and in its neighbours. It must never compute a result that the files do not hold.
+Every text from a file is escaped where it is put between tags. It must never compute a result that the files do not hold.
 """
 
 from collections.abc import Mapping, Sequence

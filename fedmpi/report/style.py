@@ -39,9 +39,9 @@ tr.chief > * { font-weight: 650; }
 td.bar { width: 34%; }
 .bar i { display: block; height: 10px; border-radius: 0 3px 3px 0; background: var(--c); }
 tr.chief .bar i { background: var(--a); }
-.heat { text-align: center; padding: 7px 10px; background: color-mix(in srgb, var(--a) calc(var(--h) * 48%), transparent); }
+.heat { text-align: center; padding: 7px 6px; background: color-mix(in srgb, var(--a) calc(var(--h) * 48%), transparent); }
 .heat.none { color: var(--soft); }
-thead th.mid { text-align: center; padding: 7px 10px; }
+thead th.mid { text-align: center; padding: 7px 6px; }
 figure { margin: 0; } figcaption { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 18px; margin-bottom: 8px; }
 .key { color: var(--soft); font-size: .875rem; display: inline-flex; align-items: center; gap: 7px; }
 .key i { width: 16px; height: 4px; border-radius: 2px; background: var(--c); } .key i.block { width: 11px; height: 11px; }

@@ -103,8 +103,8 @@ def clients(run: Run) -> str:
         cells += f"<td>{_form(losses.get(client), '{:.3f}')}</td>" if losses else ""
         cells += "".join(_heat(shares[client].get(name, 0), sum(shares[client].values())) for name in categories)
         body += f'<tr><th scope="row">client {client}</th>{cells}</tr>\n'
-    names = ["client", *(("training rows", "held-out rows") if train else ())]
-    names += (["rounds counted"] if turns else []) + (["last loss"] if losses else [])
+    names = ["client", *(("training rows", "held out") if train else ())]
+    names += (["counted"] if turns else []) + (["last loss"] if losses else [])
     return f"<h2>Clients</h2>\n{_table(_head(*names, middle=categories), body, 'Clients')}\n{_clients_note(run, categories)}"
 
 
@@ -120,6 +120,7 @@ def _heat(count: int, total: int) -> str:
 
 def _clients_note(run: Run, categories: Sequence[str]) -> str:
     parts = [f"Splitter {run.data['splitter']}."] if "splitter" in run.data else ["Their rows are told by the summary, at the end."]
+    parts += ["Counted: the rounds that its update counted in."] if run.rounds and run.federated else []
     parts += ["Tinted: training rows by category, the stronger the larger a part of the client's rows."] if categories else []
     return f'<p class="note">{escape(" ".join(parts))}</p>'
 
