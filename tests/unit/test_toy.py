@@ -99,7 +99,7 @@ def test_too_many_rows_and_an_unknown_split_are_errors() -> None:
 
 
 def test_plain_text_holds_no_question_and_no_test_problem() -> None:
-    documents = list(itertools.islice(toy.pretraining_text(0, "<{}|{}>".format), 4000))
+    documents = list(itertools.islice(toy.pretraining_text(0, "<{}|{}>".format), 10_000))
     questions = {question_and_data(row)[0] for row in toy.rows(800, 0)}
     held_out = {row["input"] for row in toy.rows(6400, 0, "test") if row["category"] == "sequence"}
     read_of = set[str]()
