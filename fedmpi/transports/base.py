@@ -66,9 +66,7 @@ class Transport:
         """Send one message; returns when the payload may be overwritten."""
         self._deliver(peer, Outgoing(header, payload, self._chunk_bytes))
 
-    def send_all(
-        self, peers: Collection[int], header: Header, payload: memoryview | None = None
-    ) -> dict[int, LinkError]:
+    def send_all(self, peers: Collection[int], header: Header, payload: memoryview | None = None) -> dict[int, LinkError]:
         """Send one message to several peers at once; a slow or lost one holds up nobody. Gives failures by peer."""
         message = Outgoing(header, payload, self._chunk_bytes)
         sending = {peer: self._senders.submit(self._deliver, peer, message) for peer in peers}
@@ -112,7 +110,11 @@ class Transport:
         old.close()
         old.join(GRACE_S)
         self._inbox.drop(peer)
-        wire = self._reconnect(peer)
+        try:
+            wire = self._reconnect(peer)
+        except LinkError as error:
+            self.failures[peer] = error
+            raise
         with self._state:
             self.failures.pop(peer, None)
             self._links[peer] = self._over_wire(peer, wire)
@@ -144,9 +146,7 @@ class Transport:
     def __enter__(self) -> "Transport":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
             self.close()
         else:

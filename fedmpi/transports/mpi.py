@@ -161,9 +161,7 @@ def _load() -> ModuleType:
         reason = " ".join(str(error).split())
         raise WorldError(f"--transport mpi needs mpi4py and an MPI: pip install 'fedmpi[mpi]' ({reason})") from None
     if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
-        raise WorldError(
-            f"MPI gives thread level {MPI.Query_thread()}, but SERIALIZED is needed: unset MPI4PY_RC_THREAD_LEVEL"
-        )
+        raise WorldError(f"MPI gives thread level {MPI.Query_thread()}, but SERIALIZED is needed: unset MPI4PY_RC_THREAD_LEVEL")
     MPI.COMM_WORLD.Set_errhandler(MPI.ERRORS_RETURN)
     return MPI
 
@@ -201,9 +199,7 @@ def _complaint(missing: list[int], size: int, timeout_s: float) -> str:
         return ""
     here = ", ".join(str(rank) for rank in range(size) if rank not in missing)
     who = ", ".join(map(str, missing))
-    return (
-        f"rank {who} of {size} did not arrive within {timeout_s:g} s; arrived: {here}; see the output of those missing"
-    )
+    return f"rank {who} of {size} did not arrive within {timeout_s:g} s; arrived: {here}; see the output of those missing"
 
 
 def _abort_at_exit(mpi: ModuleType) -> None:
@@ -216,9 +212,7 @@ def open(world: World, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES) -> T
     mpi = _load()
     if (mpi.COMM_WORLD.rank, mpi.COMM_WORLD.size) != (world.rank, world.size):
         found = f"MPI says rank {mpi.COMM_WORLD.rank} of {mpi.COMM_WORLD.size}"
-        raise WorldError(
-            f"expected rank {world.rank} of {world.size}, {found}: was this started by the mpirun of this MPI?"
-        )
+        raise WorldError(f"expected rank {world.rank} of {world.size}, {found}: was this started by the mpirun of this MPI?")
     _meet(mpi, world, timeout_s)
     comm, duplicated = mpi.COMM_WORLD.Idup()
     if _finish(mpi, [duplicated], timeout_s):

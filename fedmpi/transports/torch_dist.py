@@ -134,21 +134,20 @@ class Rendezvous:
     def link(self, peer: int) -> GlooWire:
         """A new generation of the link to `peer`: the client asks, the server takes the newest that was asked for."""
         client = self.world.rank or peer
-        asked = f"asked/{client}"
-        if self.world.rank:
-            generation = self._store.add(asked, 1)
-        else:
-            known = self._generations.get(client, 0)
-            self._until(lambda: self._store.add(asked, 0) > known)
-            generation = self._store.add(asked, 0)
-            if generation == known:
-                raise PeerLost(f"rank {peer} did not come back to its link within {self.timeout_s:g} s")
-        self._generations[client] = generation
-        store = PrefixStore(f"link/{client}/{generation}", self._store)
         try:
+            self._generations[client] = generation = self._agree(client)
+            store = PrefixStore(f"link/{client}/{generation}", self._store)
             return GlooWire(store, self.world.rank == 0, self._device, self.timeout_s)
         except RuntimeError as error:
-            raise PeerLost(f"rank {peer} arrived, but no link to it could be made: {_reason(error)}") from None
+            raise PeerLost(f"rank {peer}: no link to it could be made: {_reason(error)}") from None
+
+    def _agree(self, client: int) -> int:
+        asked, known = f"asked/{client}", self._generations.get(client, 0)
+        if self.world.rank:
+            return int(self._store.add(asked, 1))
+        if not self._until(lambda: self._store.add(asked, 0) > known):
+            raise PeerLost(f"rank {client} did not come back to its link within {self.timeout_s:g} s")
+        return int(self._store.add(asked, 0))
 
 
 def _device(world: World, host: str) -> ProcessGroupGloo.Device:
@@ -167,11 +166,11 @@ def open(world: World, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES) -> T
     if world.size == 1:
         return Transport(0, 1, {}, _nobody, timeout_s=timeout_s, chunk_bytes=chunk_bytes)
     rendezvous = Rendezvous(world, timeout_s)
-    rendezvous.meet()
     try:
+        rendezvous.meet()
         wires = {peer: rendezvous.link(peer) for peer in ([0] if world.rank else range(1, world.size))}
-    except LinkError as error:
-        raise WorldError(str(error)) from None
+    except (LinkError, RuntimeError) as error:
+        raise WorldError(f"rank {world.rank} of {world.size} could not meet the others: {_reason(error)}") from None
     return Transport(world.rank, world.size, wires, rendezvous.link, timeout_s=timeout_s, chunk_bytes=chunk_bytes)
 
 
