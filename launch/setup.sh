@@ -9,7 +9,9 @@ cpu_wheels=https://download.pytorch.org/whl/cpu
 # setup EXTRA...: an environment with the package and these extras; does nothing for what was installed before.
 setup() {
   local wanted extra missing=
-  wanted=$(cat "$repository/pyproject.toml" "$repository/constraints.txt" "$repository/launch/setup.sh" | cksum)" $repository"
+  # what decides on an installation: the project's tables, not the settings of ruff and others, and the pins
+  wanted=$(sed -n '/^\[build/,/^\[tool\.ruff/p' "$repository/pyproject.toml" | cat - "$repository/constraints.txt" | cksum)
+  wanted+=" $repository"
   usable "$python" || make_venv "$venv"
   for extra in "$@"; do
     [ "$(cat "$venv/.fedmpi-$extra" 2>/dev/null)" = "$wanted" ] || missing+=",$extra"
