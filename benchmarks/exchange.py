@@ -1,0 +1,254 @@
+"""What a round's exchange costs beside the bare library: broadcast, gather and exact mean of an adapter; nobody trains.
+
+    python benchmarks/exchange.py --clients 4 --rounds 20 --mib 16 [--launcher torchrun|mpirun|in_process]
+
+It starts its ranks (one server, the clients) and prints one JSON line. The floor moves the same bytes in one flat buffer
+per peer, in the same processes, round by round in turn with ours: gloo's broadcast and send/recv with a weighted mean, the
+same with bare mpi4py, or copies in memory where the ranks are threads.
+"""
+
+import argparse
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import ranks
+import torch
+
+from fedmpi import transports
+from fedmpi.federation.lockstep import SERVER
+from fedmpi.tensors import Tensors
+from fedmpi.transports.base import Transport
+from fedmpi.world import from_environment
+
+WARM_UP = 3
+
+
+class Floor(Protocol):
+    """The bare library on the same work."""
+
+    flat: torch.Tensor  # the server's adapter, or what a client sends
+
+    def meet(self) -> None:
+        """Wait for all ranks."""
+
+    def round(self) -> None:
+        """Server to all, all to the server, weighted mean."""
+
+    def total(self, value: float) -> float:
+        """The sum over all ranks."""
+
+
+class Gloo:
+    """One gloo group of all ranks: broadcast, and a buffer per peer to receive in."""
+
+    def __init__(self, flat: torch.Tensor, rank: int, weights: list[int]) -> None:
+        from torch import distributed
+
+        distributed.init_process_group("gloo")
+        self.flat, self.rank, self.shares, self.library = flat, rank, shares_of(weights), distributed
+        self.buffers = [torch.empty_like(flat) for _ in (weights if rank == SERVER else weights[:1])]
+
+    def meet(self) -> None:
+        """Wait for all ranks."""
+        self.library.barrier()
+
+    def round(self) -> None:
+        """Server to all, all to the server, weighted mean."""
+        if self.rank != SERVER:
+            self.library.broadcast(self.buffers[0], SERVER)
+            self.library.send(self.flat, SERVER)
+            return
+        self.library.broadcast(self.flat, SERVER)
+        works = [self.library.irecv(buffer, peer) for peer, buffer in enumerate(self.buffers, start=1)]
+        mean = torch.zeros_like(self.flat)
+        for work, buffer, share in zip(works, self.buffers, self.shares, strict=True):
+            work.wait()
+            mean.add_(buffer, alpha=share)
+        self.flat = mean
+
+    def total(self, value: float) -> float:
+        """The sum over all ranks."""
+        there = torch.tensor([value], dtype=torch.float64)
+        self.library.all_reduce(there)
+        return there.item()
+
+
+class Mpi:
+    """A communicator of its own: Bcast, and a buffer per peer to receive in."""
+
+    def __init__(self, flat: torch.Tensor, rank: int, weights: list[int]) -> None:
+        from mpi4py import MPI  # the one import of it outside the package's transport: this is the bare library
+
+        self.flat, self.rank, self.shares, self.library, self.world = flat, rank, shares_of(weights), MPI, MPI.COMM_WORLD.Dup()
+        self.buffers = [torch.empty_like(flat) for _ in (weights if rank == SERVER else weights[:1])]
+
+    def meet(self) -> None:
+        """Wait for all ranks."""
+        self.world.Barrier()
+
+    def round(self) -> None:
+        """Server to all, all to the server, weighted mean."""
+        if self.rank != SERVER:
+            self.world.Bcast(self.buffers[0].numpy(), SERVER)
+            self.world.Send(self.flat.numpy(), SERVER)
+            return
+        self.world.Bcast(self.flat.numpy(), SERVER)
+        requests = [self.world.Irecv(buffer.numpy(), peer) for peer, buffer in enumerate(self.buffers, start=1)]
+        mean = torch.zeros_like(self.flat)
+        for _ in requests:
+            index = self.library.Request.Waitany(requests)
+            mean.add_(self.buffers[index], alpha=self.shares[index])
+        self.flat = mean
+
+    def total(self, value: float) -> float:
+        """The sum over all ranks."""
+        return float(self.world.allreduce(value))
+
+
+class Copies:
+    """Threads share memory, so the least is to copy: down into each client's buffer, up into the server's. The server does it."""
+
+    def __init__(self, flat: torch.Tensor, transport: Transport, weights: list[int], barrier: threading.Barrier) -> None:
+        self.flat, self.transport, self.shares, self.barrier = flat, transport, shares_of(weights), barrier
+        self.buffers = [(torch.empty_like(flat), torch.empty_like(flat)) for _ in weights] if transport.rank == SERVER else []
+        self.sent = [ranks.adapter(flat.numel() * 4, seed=client + 1) for client in range(len(weights))] if self.buffers else []
+
+    def meet(self) -> None:
+        """Wait for all ranks, with the turn to compute given away meanwhile."""
+        self.transport.turn.__exit__(None, None, None)
+        self.barrier.wait()
+        self.transport.turn.__enter__()
+
+    def round(self) -> None:
+        """Server to all, all to the server, weighted mean."""
+        mean = torch.zeros_like(self.flat) if self.buffers else self.flat
+        for (down, up), tensors, share in zip(self.buffers, self.sent, self.shares, strict=False):
+            down.copy_(self.flat)
+            mean.add_(torch.cat([tensor.view(-1) for tensor in tensors.values()], out=up), alpha=share)
+        self.flat = mean
+
+    def total(self, value: float) -> float:
+        """All ranks are one process, whose clock has counted for all."""
+        return value
+
+
+def shares_of(weights: list[int]) -> list[float]:
+    """The weights of a mean."""
+    return [weight / sum(weights) for weight in weights]
+
+
+def flat_of(tensors: Tensors) -> torch.Tensor:
+    """One buffer."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+
+
+def measure(asked: argparse.Namespace, transport: Transport, make_floor: Callable[[torch.Tensor, list[int]], Floor]) -> None:
+    """One rank's part: warm up, then ours and the floor in turns; the server shows the figures."""
+    rank, num_clients = transport.rank, transport.size - 1
+    weights = [ranks.weight_of(client) for client in range(num_clients)]
+    fed = ranks.federation(transport, num_clients, WARM_UP + asked.rounds)
+    started_s = ranks.seconds_since_start()
+    mine = ranks.adapter(int(asked.mib * 2**20), seed=rank)
+    held = mine if rank == SERVER else None
+    clients = {client: ranks.Client(client, mine) for client in fed.placement.hosted_by(rank)} if rank != SERVER else {}
+    rounds = fed.rounds()
+
+    def ours() -> None:
+        nonlocal held
+        held = ranks.run_round(fed, next(rounds), held, clients)
+
+    for _ in range(WARM_UP):
+        ours()
+    peak = ranks.peak_rss_mb()  # before the floor takes its buffers
+    floor = make_floor(flat_of(mine), weights)
+    for _ in range(WARM_UP):
+        floor.round()
+    seconds: dict[str, list[float]] = {"ours": [], "floor": []}
+    cpu = dict.fromkeys(seconds, 0.0)
+    for index in range(asked.rounds):
+        for name in ("ours", "floor") if index % 2 else ("floor", "ours"):
+            floor.meet()
+            began, cpu_began = time.perf_counter(), time.process_time()
+            ours() if name == "ours" else floor.round()
+            seconds[name].append(time.perf_counter() - began)
+            floor.meet()  # what our threads do after the round is ours too
+            cpu[name] += time.process_time() - cpu_began
+    cpu = {name: floor.total(spent) / asked.rounds for name, spent in cpu.items()}
+    if held is not None:
+        report(asked, num_clients, seconds, cpu, started_s, peak, float((flat_of(held) - floor.flat).abs().max()))
+    ranks.drain(fed, rounds)
+
+
+def report(
+    asked: argparse.Namespace,
+    clients: int,
+    seconds: dict[str, list[float]],
+    cpu: dict[str, float],
+    started_s: float,
+    peak: float,
+    difference: float,
+) -> None:
+    """The figures; both means must be the same up to the floor's own rounding."""
+    if difference > 1e-5:
+        raise SystemExit(f"our mean and the floor's differ by {difference}")
+    ours, floor = statistics.median(seconds["ours"]), statistics.median(seconds["floor"])
+    pairs = sorted(a / b for a, b in zip(seconds["ours"], seconds["floor"], strict=True))
+    ranks.show(
+        {
+            "system": "fedmpi",
+            "launcher": asked.launcher,
+            "clients": clients,
+            "mib": asked.mib,
+            "rounds": asked.rounds,
+            "sec_per_round_median": ours,
+            "sec_per_round_min": min(seconds["ours"]),
+            "floor_sec_per_round_median": floor,
+            "floor_sec_per_round_min": min(seconds["floor"]),
+            "ratio_to_floor": ours / floor,
+            "ratio_quartiles": [round(pairs[len(pairs) // 4], 3), round(pairs[(3 * len(pairs)) // 4], 3)],
+            "ratio_of_minima": min(seconds["ours"]) / min(seconds["floor"]),
+            "cpu_s_all_ranks": cpu["ours"],
+            "floor_cpu_s_all_ranks": cpu["floor"],
+            "cpu_ratio": cpu["ours"] / cpu["floor"],
+            "startup_s": started_s,
+            "server_peak_rss_mb": peak,
+        }
+    )
+
+
+def in_threads(asked: argparse.Namespace) -> None:
+    """All ranks in this process."""
+    barrier = threading.Barrier(asked.clients + 1)
+    ranks.in_threads(
+        asked.clients + 1, lambda transport: measure(asked, transport, lambda flat, w: Copies(flat, transport, w, barrier))
+    )
+
+
+def main() -> None:
+    """Start the ranks, or be one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--mib", type=float, default=16)
+    parser.add_argument("--launcher", choices=("torchrun", "mpirun", "in_process"), default="torchrun")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    world = from_environment(os.environ)
+    if world.size > 1:
+        kind = Mpi if world.transport == "mpi" else Gloo
+        with transports.open(world, timeout_s=120) as transport:
+            measure(asked, transport, lambda flat, weights: kind(flat, world.rank, weights))
+    elif asked.launcher == "in_process":
+        in_threads(asked)
+    else:
+        arguments = [f"--{key}={value}" for key, value in vars(asked).items()]
+        ranks.start(asked.launcher, asked.clients + 1, str(Path(__file__).resolve()), arguments)
+
+
+if __name__ == "__main__":
+    main()
