@@ -43,6 +43,10 @@ class RunFolder:
         write_atomically(record, json.dumps({"experiment": self.experiment}) + "\n")
         write_atomically(self.path / "config.yaml", config.to_yaml(settings))
 
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """What is known of the run before its first round, in record.json: launcher, world, who has which data."""
+        self.write("record.json", {"experiment": self.experiment, **facts})
+
     def resume(self) -> Committed | None:
         """The last committed round, or None for a start."""
         committed = self.checkpoints.latest()

@@ -1,4 +1,4 @@
-"""A recipe: everything a user can set for a run, composed from the houses' own settings, and checked as far as that needs no model."""
+"""A recipe: everything a user can set for a run, composed from the houses' own settings, checked as far as it needs no model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -114,7 +114,10 @@ class Program:
                 return STOPPED if end is End.SIGNAL else FAILED
         self._tell(path, "finished")
         if self.world.rank == 0:
+            from fedmpi import report
+
             show(results, path)
+            print(f"report: {report.write(path)}", flush=True)
         return FINISHED
 
     def _host(self) -> "Host":
@@ -139,8 +142,9 @@ class Program:
             "transport": self.world.transport,
             "store": self.world.store,
         }
-        wanted = replace(wanted, resume="auto")  # the folder is claimed; what is in it is this run's own
-        return Session(wanted, recipe.algorithm(wanted.algorithm), host, path, title, self.stop, post, facts, self.world.rank != 0)
+        algorithm, quiet = recipe.algorithm(wanted.algorithm), self.world.rank != 0
+        whole = self.recipe.hash(), self.recipe.settings()
+        return Session(wanted, algorithm, host, path, title, self.stop, post, *whole, facts, quiet)
 
     def _fed(self, host: "Host", path: Path) -> "tuple[End, Any]":
         return self._session(self.recipe, host, path, "fed", self.stop.post).train()
@@ -149,7 +153,7 @@ class Program:
         """Federations of one, side by side on the ranks: every client alone, or one client that has all the data."""
         from fedmpi.solo import Solo, run_solos
 
-        wanted = replace(self.recipe, scenario="fed", clients_per_round=None, sampling="all", min_clients=1)
+        wanted = replace(self.recipe, clients_per_round=None, sampling="all", min_clients=1)
         if not wanted.early_stop:
             wanted = replace(wanted, eval_every=0)  # only the end of a solo run stands in the table
         if name == "global":
@@ -190,7 +194,7 @@ def rows_of(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]
     if "local" in results:
         alone = results["local"]
         rows += [(f"client {client} alone", scores) for client, scores in sorted(alone.items())]
-        keys = set.intersection(*(set(scores) for scores in alone.values())) & {"eval_loss", "exact_match"}
+        keys = set.intersection(*(set(scores) for scores in alone.values())) & {"eval_loss", "eval_token_accuracy", "exact_match"}
         rows.append(("mean of the clients alone", {key: sum(s[key] for s in alone.values()) / len(alone) for key in keys}))
     if "global" in results:
         rows.append(("all data in one place", results["global"][0]))

@@ -61,6 +61,8 @@ class Session:
     title: str
     stop: Stop
     post: Post | None = None
+    experiment: str = ""  # the program's: the runs inside a scenario are parts of one experiment
+    settings: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # launcher and world, for the record
     quiet: bool = False
 
@@ -72,7 +74,7 @@ class Session:
         vault = checkpoint.Vault(self.path / "checkpoints" / "clients")
         fed = Federation(placement, rank, self.post, vault=vault, near=self.facts.get("store"))
         hosted = placement.hosted_by(rank)
-        sizes = fed.greet(recipe.hash(), {c: len(self.host.examples(c)) for c in hosted})
+        sizes = fed.greet(self.experiment, {c: len(self.host.examples(c)) for c in hosted})
         parties = {c: self.algorithm.build_client(self.host, c) for c in hosted}
         if rank != SERVER:
             fed.welcome({}, 0)
@@ -88,8 +90,9 @@ class Session:
     # ---- the server -----------------------------------------------------------------------------------------------------------
 
     def _lead(self, fed: Federation, parties: Mapping[int, Any], sizes: Mapping[int, int]) -> tuple[End, dict[str, Any] | None]:
-        folder = RunFolder(self.path, self.recipe.hash(), self.recipe.keep)
-        folder.claim(self.recipe.resume, self.recipe.settings())
+        folder = RunFolder(self.path, self.experiment, self.recipe.keep)
+        folder.claim("auto", self.settings)  # the program has looked at --resume; what is in the folder is its own
+        folder.describe({**self.facts, "data": self.host.parties.record})
         committed = folder.resume()
         done = folder.summary()
         fed.conductor = self._conductor(sizes, committed.round + 1 if committed else 0)
@@ -247,12 +250,14 @@ class Keeper:
         models.save_adapter(self.host.base.model, server.adapter, self.folder.path / "adapter")
         rounds = [line for line in lines if "event" not in line]
         first = next((line for line in lines if line["round"] == -1), {})
-        final = {key: rounds[-1][key] for key in ("train_loss", "eval_loss", "eval_token_accuracy") if key in rounds[-1]}
+        totals = dict(self.fed.ledger.totals) | {"seconds": self.history["seconds"]}
+        wanted = ("train_loss", "eval_loss", "eval_token_accuracy")
+        final: dict[str, Any] = {key: rounds[-1][key] for key in wanted if key in rounds[-1]}
         summary = {
             "rounds": rounds[-1]["round"] + 1,
             "base": {key: first[key] for key in ("eval_loss", "eval_token_accuracy", "exact_match") if key in first},
-            "final": {**final, **self.host.answer(server.adapter)},
-            "totals": {**self.fed.ledger.totals, "seconds": self.history["seconds"]},
+            "final": final | self.host.answer(server.adapter),
+            "totals": totals,
             "step_s": self.history["train_s"] / max(1.0, self.history["steps"]),
             "trainable_share": trained_share(server.adapter, self.host.base.model),
             "adapter_sha256": checkpoint.file_sha256(self.folder.path / "adapter" / "adapter_model.safetensors"),

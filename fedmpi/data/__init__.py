@@ -71,9 +71,7 @@ class Config:
             if found is not None and found < least:
                 raise ConfigError(f"data.{key} is {found}: it must be at least {least}")
         if not 0 < self.alpha < float("inf"):
-            raise ConfigError(
-                f"data.alpha is {self.alpha}: it must be a positive number (small is uneven, large is even)"
-            )
+            raise ConfigError(f"data.alpha is {self.alpha}: it must be a positive number (small is uneven, large is even)")
 
 
 __getattr__ = door(
@@ -82,9 +80,7 @@ __getattr__ = door(
         **dict.fromkeys(("Row", "Corpus", "Declaration", "CORPORA", "load"), "corpora"),
         **dict.fromkeys(("ClientData", "Federated", "federate"), "clients"),
         **dict.fromkeys(("split", "follow"), "splitters"),
-        **dict.fromkeys(
-            ("TEMPLATES", "render", "template_hash", "encode_prompts", "tokenize", "Example", "Counts"), "prompts"
-        ),
+        **dict.fromkeys(("TEMPLATES", "render", "template_hash", "encode_prompts", "tokenize", "Example", "Counts"), "prompts"),
         **dict.fromkeys(("Batch", "batches", "collate"), "batching"),
     },
 )

@@ -56,17 +56,13 @@ def _with_test(corpus: Corpus, per_category: int, seed: int) -> Corpus:
     if not per_category:
         return corpus
     if corpus.test:
-        raise ConfigError(
-            f"data.heldout_per_category is {per_category}, but {corpus.name} has a test split: leave it at 0"
-        )
+        raise ConfigError(f"data.heldout_per_category is {per_category}, but {corpus.name} has a test split: leave it at 0")
     rng = numpy.random.default_rng(seed_for(seed, "heldout"))
     chosen: set[int] = set()
     for category in sorted({row.category for row in corpus.train}):
         rows = [i for i, row in enumerate(corpus.train) if row.category == category]
         if len(rows) <= per_category:
-            raise DataError(
-                f"category {category!r} has {len(rows)} rows: too few for data.heldout_per_category {per_category}"
-            )
+            raise DataError(f"category {category!r} has {len(rows)} rows: too few for data.heldout_per_category {per_category}")
         chosen.update(rng.choice(rows, per_category, replace=False).tolist())
     train = [row for i, row in enumerate(corpus.train) if i not in chosen]
     return Corpus(corpus.name, train, [corpus.train[i] for i in sorted(chosen)], corpus.declared, corpus.files)
@@ -102,12 +98,8 @@ def _split(config: Config, corpus: Corpus, splitter: str, clients: int, seed: in
 def _hold_out(rows: list[Row], client: int, seed: int) -> tuple[list[Row], list[Row]]:
     num = max(1, int(len(rows) * HELDOUT_SHARE))
     if len(rows) <= num:
-        raise DataError(
-            f"client {client} has {len(rows)} row, which is held out, and none to train on: use fewer clients"
-        )
-    chosen = set(
-        numpy.random.default_rng(seed_for(seed, "heldout", client)).choice(len(rows), num, replace=False).tolist()
-    )
+        raise DataError(f"client {client} has {len(rows)} row, which is held out, and none to train on: use fewer clients")
+    chosen = set(numpy.random.default_rng(seed_for(seed, "heldout", client)).choice(len(rows), num, replace=False).tolist())
     return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
 
 

@@ -110,9 +110,7 @@ def load(config: Config, seed: int) -> Corpus:
 
 def parse_fields(fields: Mapping[str, str] | str) -> dict[str, str]:
     """`instruction=q,response=a` or a mapping, as role -> name of the field in the file."""
-    pairs = (
-        dict(fields) if isinstance(fields, Mapping) else dict(_pair(part) for part in fields.split(",") if part.strip())
-    )
+    pairs = dict(fields) if isinstance(fields, Mapping) else dict(_pair(part) for part in fields.split(",") if part.strip())
     if unknown := sorted(set(pairs) - set(ROLES)):
         raise ConfigError(f"data.fields names {', '.join(unknown)}: allowed roles are {', '.join(ROLES)}")
     return pairs
@@ -127,9 +125,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _toy(config: Config, declared: Declaration, wanted: Mapping[str, str]) -> Corpus:
     if config.path or wanted:
-        raise ConfigError(
-            "builtin:toy is made by the program: give no data.path and no data.fields, or another data.name"
-        )
+        raise ConfigError("builtin:toy is made by the program: give no data.path and no data.fields, or another data.name")
     assert declared.rows
     made = {"train": config.num_rows or declared.rows[0], "test": declared.rows[1]}
     rows = {
@@ -143,30 +139,22 @@ def _locate(config: Config, declared: Declaration) -> dict[str, Path]:
     """A file is the training rows; a folder is searched for both parts."""
     known = " or ".join(declared.train_files)
     if not config.path:
-        raise ConfigError(
-            f"data.name {config.name} needs data.path: a file, or a folder with {known} (source: {declared.source})"
-        )
+        raise ConfigError(f"data.name {config.name} needs data.path: a file, or a folder with {known} (source: {declared.source})")
     path = Path(config.path).expanduser()
     if path.is_file():
         return {"train": path}
     if not path.is_dir():
-        raise DataError(
-            f"data.path {config.path} is neither a file nor a folder: give a file, or a folder with {known}"
-        )
+        raise DataError(f"data.path {config.path} is neither a file nor a folder: give a file, or a folder with {known}")
     train, test = records.find(path, declared.train_files), records.find(path, declared.test_files)
     if train is None:
-        raise DataError(
-            f"data.path {config.path} has none of the files known for {config.name}: {known}, plain or with .gz"
-        )
+        raise DataError(f"data.path {config.path} has none of the files known for {config.name}: {known}, plain or with .gz")
     return {"train": train, "test": test} if test else {"train": train}
 
 
 def _read(path: Path, part: str, names: Mapping[str, tuple[str, ...]], required: set[str]) -> tuple[list[Row], str]:
     found, sha = records.read(path)
     if "input" in required and not any(name in record.values for record in found for name in names["input"]):
-        raise DataError(
-            f"{path} has no field {names['input'][0]!r} in any record: give the right name in data.fields input=..."
-        )
+        raise DataError(f"{path} has no field {names['input'][0]!r} in any record: give the right name in data.fields input=...")
     required = (required | {"instruction", "response"}) - {"input"}
     return [_row(record, f"{part}:{i}", names, required) for i, record in enumerate(found)], sha
 
@@ -180,16 +168,12 @@ def _value(record: records.Record, role: str, names: tuple[str, ...], required: 
     value = next((record.values[name] for name in names if name in record.values), None)
     if value is None and required:
         expected, found = " or ".join(map(repr, names)), ", ".join(sorted(record.values)) or "none"
-        raise DataError(
-            f"{record.place} has no {role}: expected field {expected}, found {found}; set data.fields {role}=NAME"
-        )
+        raise DataError(f"{record.place} has no {role}: expected field {expected}, found {found}; set data.fields {role}=NAME")
     if isinstance(value, dict | list):
         raise DataError(f"{record.place} has a {type(value).__name__} as its {role}: expected text")
     text = "" if value is None else str(value)
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise DataError(
-            f"{record.place} has half a surrogate pair in its {role}: it is not Unicode text; mend it or take it out"
-        )
+        raise DataError(f"{record.place} has half a surrogate pair in its {role}: it is not Unicode text; mend it or take it out")
     return text
 
 

@@ -39,9 +39,7 @@ def read(path: Path) -> tuple[list[Record], str]:
 
 def _content(path: Path) -> bytes:
     if path.name.removesuffix(COMPRESSED).endswith(KINDS) is False:
-        raise DataError(
-            f"{path} is neither JSON nor JSONL by its name: expected {', '.join(KINDS)}, plain or with {COMPRESSED}"
-        )
+        raise DataError(f"{path} is neither JSON nor JSONL by its name: expected {', '.join(KINDS)}, plain or with {COMPRESSED}")
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == COMPRESSED else content

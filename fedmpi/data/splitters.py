@@ -94,9 +94,7 @@ def _dirichlet(
     )
 
 
-def _draw_counts(
-    sizes: list[int], clients: int, alpha: float, balance: bool, rng: numpy.random.Generator
-) -> NDArray[numpy.int64]:
+def _draw_counts(sizes: list[int], clients: int, alpha: float, balance: bool, rng: numpy.random.Generator) -> NDArray[numpy.int64]:
     """Rows of each category (first axis) for each client (second axis)."""
     counts = numpy.zeros((len(sizes), clients), dtype=numpy.int64)
     even_share = sum(sizes) / clients
@@ -105,9 +103,7 @@ def _draw_counts(
         if balance:
             shares = shares * (counts.sum(axis=0) < even_share)
         if not shares.sum() > 0:  # underflow at a tiny alpha: all of it to one client that may have more
-            shares = numpy.eye(clients)[
-                rng.choice(numpy.flatnonzero(counts.sum(axis=0) <= even_share if balance else shares >= 0))
-            ]
+            shares = numpy.eye(clients)[rng.choice(numpy.flatnonzero(counts.sum(axis=0) <= even_share if balance else shares >= 0))]
         counts[category] = _apportion(size, shares / shares.sum())
     return counts
 

@@ -18,9 +18,7 @@ from fedmpi.models.backbone import decoder_layers
 from fedmpi.seeding import seed_for
 from fedmpi.tensors import Tensors
 
-warnings.filterwarnings(
-    "ignore", message="`is_gradient_checkpointing`"
-)  # peft 0.21 asks transformers 5.23 by an old name
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft 0.21 asks transformers 5.23 by an old name
 
 ALL_LINEAR = "all-linear"
 ADAPTER = "default"
@@ -38,9 +36,7 @@ FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "wqkv", "W_pack
 
 def add_adapter(model: PreTrainedModel, peft: PeftConfig, seed: int) -> PeftModel:
     """Wrap the model with a fresh adapter: in fp32, equal for equal seeds on every device, nothing else changed."""
-    targets: str | list[str] = (
-        ALL_LINEAR if peft.target_modules == (ALL_LINEAR,) else find_targets(model, peft.target_modules)
-    )
+    targets: str | list[str] = ALL_LINEAR if peft.target_modules == (ALL_LINEAR,) else find_targets(model, peft.target_modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=peft.rank,
@@ -72,9 +68,7 @@ def find_targets(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
 
 def trainable(model: torch.nn.Module) -> Tensors:
     """Copies of what is trained, by parameter name in order: CPU, fp32, contiguous."""
-    return {
-        name: p.detach().to("cpu", torch.float32, copy=True).contiguous() for name, p in sorted(_trained(model).items())
-    }
+    return {name: p.detach().to("cpu", torch.float32, copy=True).contiguous() for name, p in sorted(_trained(model).items())}
 
 
 @torch.no_grad()
@@ -86,9 +80,7 @@ def load_trainable(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) 
         raise ModelError(f"the adapter does not fit the model: missing {missing[:3]}, surplus {surplus[:3]}")
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
-            raise ModelError(
-                f"{name} is {tuple(tensors[name].shape)}: the model's adapter expects {tuple(parameter.shape)}"
-            )
+            raise ModelError(f"{name} is {tuple(tensors[name].shape)}: the model's adapter expects {tuple(parameter.shape)}")
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
 
@@ -150,9 +142,7 @@ def _is_linear(module: torch.nn.Module) -> bool:
 def _all_conv1d(model: PreTrainedModel, targets: str | list[str]) -> bool:
     """GPT-2's transposed layers must be announced to peft."""
     chosen = [
-        m
-        for name, m in model.named_modules()
-        if _is_linear(m) and (targets == ALL_LINEAR or name.rpartition(".")[2] in targets)
+        m for name, m in model.named_modules() if _is_linear(m) and (targets == ALL_LINEAR or name.rpartition(".")[2] in targets)
     ]
     return bool(chosen) and all(isinstance(module, Conv1D) for module in chosen)
 

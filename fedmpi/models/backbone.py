@@ -31,9 +31,7 @@ def base_of(config: Config) -> str:
     if path.is_dir():
         return str(path)
     if path.exists() or not _may_be_hub_id(config.path):
-        raise ModelError(
-            f"model.path {config.path} is no folder: give a folder with *.safetensors, a hub id, or builtin:tiny"
-        )
+        raise ModelError(f"model.path {config.path} is no folder: give a folder with *.safetensors, a hub id, or builtin:tiny")
     return config.path
 
 
@@ -70,9 +68,7 @@ def load_model(config: Config, device: str | torch.device = "cpu") -> PreTrained
     with _quiet():
         model, info = _attempt("model", config, lambda: AutoModelForCausalLM.from_pretrained(base, **options))
     if wrong := sorted(info["missing_keys"]) + sorted(key[0] for key in info["mismatched_keys"]):
-        raise ModelError(
-            f"model.path {config.path} lacks {len(wrong)} weights, or their shape differs: {', '.join(wrong[:3])}"
-        )
+        raise ModelError(f"model.path {config.path} lacks {len(wrong)} weights, or their shape differs: {', '.join(wrong[:3])}")
     model.name_or_path = public_name(config)
     return model.requires_grad_(False).eval().to(device)
 
@@ -103,9 +99,7 @@ def _check_folder(folder: Path, name: str) -> None:
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path {name}: config.json cannot be read: {error}") from None
     if "auto_map" in settings:
-        raise ModelError(
-            f"model.path {name} brings its own code (auto_map in config.json), which is never run: take another model"
-        )
+        raise ModelError(f"model.path {name} brings its own code (auto_map in config.json), which is never run: take another model")
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for path in folder.glob("*.bin"))
         found = (
@@ -135,16 +129,12 @@ def _attempt(what: str, config: Config, load: Callable[[], T]) -> T:
         return load()
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"the {what} of model.path {config.path} cannot be loaded: {type(error).__name__}: {reason}"
-        ) from None
+        raise ModelError(f"the {what} of model.path {config.path} cannot be loaded: {type(error).__name__}: {reason}") from None
 
 
 def decoder_layers(model: Any) -> Any:
     """The repeated layers: the longest list of modules of a model."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
     if not lists:
-        raise ModelError(
-            f"{type(model).__name__} has no list of repeated layers: it is no decoder that this program knows"
-        )
+        raise ModelError(f"{type(model).__name__} has no list of repeated layers: it is no decoder that this program knows")
     return max(lists, key=len)

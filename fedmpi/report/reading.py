@@ -23,6 +23,7 @@ class Run:
 
     path: Path
     settings: Mapping[str, Any]
+    record: Mapping[str, Any]  # what was known before the first round
     state: str | None  # running, finished, preempted, failed: as state.json says
     lines: Sequence[Line]
     summary: Mapping[str, Any] | None  # None until the run is finished
@@ -48,8 +49,8 @@ class Run:
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """Who had which rows; summaries tell it, so it is empty until one is there."""
-        known = [self.summary, self.pooled, *self.alone.values()]
+        """Who had which rows: in the record from the start, in the summaries of finished runs."""
+        known = [self.record, self.summary, self.pooled, *self.alone.values()]
         return next((summary["data"] for summary in known if summary and "data" in summary), {})
 
     def points(self, key: str) -> Points:
@@ -117,6 +118,7 @@ def _read(path: Path) -> Run:
     return Run(
         path=path,
         settings=_settings(path / "config.yaml"),
+        record=_object(path / "record.json") or {},
         state=(_object(path / "state.json") or {}).get("state"),
         lines=lines,
         summary=_object(path / "summary.json"),

@@ -35,7 +35,7 @@ def run(wanted: Recipe, folder: Path, size: int = 1, stop_rank: int | None = Non
                 if number == stop_rank:
                     transport.want_stop()
                 results[number] = _program(wanted, number, size, stop).run()
-        except BaseException as error:  # a test looks at it
+        except BaseException as error:  # noqa: BLE001 - a test looks at it
             results[number] = error
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(size)]

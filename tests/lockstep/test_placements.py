@@ -1,4 +1,4 @@
-"""Rank count never changes numbers, resume never changes numbers: the same adapter bytes from every placement, also after a stop."""
+"""Rank count never changes numbers, resume never changes numbers: the same bytes from every placement."""
 
 import json
 from pathlib import Path
@@ -28,9 +28,7 @@ def test_kept_optimisers_matter(settings: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first,then", [(1, 4), (4, 1), (2, 7)])
-def test_a_stopped_run_ends_in_the_same_bytes_on_other_ranks(
-    settings: list[str], tmp_path: Path, first: int, then: int
-) -> None:
+def test_a_stopped_run_ends_in_the_same_bytes_on_other_ranks(settings: list[str], tmp_path: Path, first: int, then: int) -> None:
     wanted = recipe(*settings, "--train.optimizer_state=keep", "--clients_per_round=9")
     run(wanted, tmp_path / "whole")
     stopped = run(wanted, tmp_path / "parts", max(first, 2), stop_rank=1)

@@ -163,9 +163,7 @@ def test_tensors_that_do_not_fit_change_nothing():
         {**good, "more": torch.zeros(1)},
         {**good, last: torch.zeros(3, 3)},
     ]
-    for tensors, words in zip(
-        wrong, [f"missing .*{last}", "surplus .*more", f"{last} is .3, 3.: .* expects"], strict=True
-    ):
+    for tensors, words in zip(wrong, [f"missing .*{last}", "surplus .*more", f"{last} is .3, 3.: .* expects"], strict=True):
         with pytest.raises(ModelError, match=words):
             load_trainable(model, tensors)
     assert digest(trainable(model)) == before

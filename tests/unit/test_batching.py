@@ -13,10 +13,7 @@ PAD = 2  # also the end of every response
 
 
 def examples(num):
-    return [
-        Example([5, 6, *range(10, 10 + i), PAD], [IGNORED, IGNORED, *range(10, 10 + i), PAD], f"r{i}")
-        for i in range(num)
-    ]
+    return [Example([5, 6, *range(10, 10 + i), PAD], [IGNORED, IGNORED, *range(10, 10 + i), PAD], f"r{i}") for i in range(num)]
 
 
 def test_pads_to_the_longest_on_the_right_with_masks_from_lengths():

@@ -53,9 +53,7 @@ def test_usual_names_input_and_output(tmp_path):
 
 @pytest.mark.parametrize("fields", ["instruction=q,response=a,input=c,category=lang", None])
 def test_fields_are_mapped(tmp_path, fields):
-    path = write(
-        tmp_path / "rows.jsonl", [{"q": "Q", "a": "A", "c": "C", "lang": "L"}, {"q": "R", "a": "B", "lang": "M"}]
-    )
+    path = write(tmp_path / "rows.jsonl", [{"q": "Q", "a": "A", "c": "C", "lang": "L"}, {"q": "R", "a": "B", "lang": "M"}])
     wanted = fields or {"instruction": "q", "response": "a", "input": "c", "category": "lang"}
     rows = load(path, fields=wanted).train
     assert rows == [data.Row("Q", "C", "A", "L", "train:0"), data.Row("R", "", "B", "M", "train:1")]
@@ -104,9 +102,7 @@ def test_bad_content_is_one_line_with_its_place(tmp_path, content, where):
 
 def test_missing_field_names_what_was_found_and_what_to_do(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}])
-    with pytest.raises(
-        DataError, match=r"expected field 'instruction', found answer, question; set data\.fields instruction"
-    ):
+    with pytest.raises(DataError, match=r"expected field 'instruction', found answer, question; set data\.fields instruction"):
         load(path)
     with pytest.raises(DataError, match="no field 'kontext' in any record"):
         load(write(tmp_path / "more.jsonl", samples(2)), fields="input=kontext")
@@ -236,9 +232,7 @@ def test_fields_from_a_recipe(tmp_path, capsys):
 def test_the_house_opens_without_heavy_packages():
     heavy = "{'torch', 'transformers', 'peft', 'datasets', 'numpy'}"
     code = f"import sys, fedmpi.data, fedmpi.models; print(sorted({heavy} & set(sys.modules)))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 @real

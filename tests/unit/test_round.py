@@ -24,9 +24,7 @@ def test_a_header_for_other_clients_is_refused() -> None:
         Round.unpack(Round(0, 0, (), 0, 0, 41).pack(), 100)
 
 
-@pytest.mark.parametrize(
-    ("asked", "size"), [(None, 9), (5, 5), ("5", 5), (0.05, 1), ("0.5", 4), (1, 1), ("1.0", 9), (0.999, 8)]
-)
+@pytest.mark.parametrize(("asked", "size"), [(None, 9), (5, 5), ("5", 5), (0.05, 1), ("0.5", 4), (1, 1), ("1.0", 9), (0.999, 8)])
 def test_cohort_size(asked, size: int) -> None:
     assert cohort_size(asked, 9) == size
 

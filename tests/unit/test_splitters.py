@@ -80,9 +80,7 @@ def test_small_alpha_makes_clients_one_sided():
     labels = labels_of(dict.fromkeys("abcd", 250))
     means = []
     for alpha in (0.1, 1.0, 100.0):
-        mixed = [
-            entropy(mix) for seed in range(5) for mix in mixes(labels, split(labels, 8, "dirichlet", seed, alpha=alpha))
-        ]
+        mixed = [entropy(mix) for seed in range(5) for mix in mixes(labels, split(labels, 8, "dirichlet", seed, alpha=alpha))]
         means.append(sum(mixed) / len(mixed))
     assert means[0] < means[1] < means[2]
     assert means[2] == pytest.approx(math.log(4), abs=0.05)
