@@ -23,7 +23,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore, Wo
 
 from fedmpi.errors import LinkError, PeerLost, WorldError
 from fedmpi.messages import CHUNK_BYTES
-from fedmpi.transports.base import Transport
+from fedmpi.transports.base import GRACE_S, Transport
 from fedmpi.world import World
 
 FOREVER = timedelta(days=365)
@@ -95,22 +95,34 @@ class Rendezvous:
     def meet(self) -> None:
         """Wait until every rank has arrived. All ranks get the same verdict, which names who is missing."""
         self._store.set(f"arrived/{self.world.rank}", "1")
-        if self.world.rank == 0:
-            missing = self._missing(range(self.world.size))
-            self._store.set("verdict", self._complaint(missing))
-            verdict = self._complaint(missing)
-        elif self._missing([0]):
-            verdict = self._complaint([0])
-        else:
-            self._until(lambda: self._store.check(["verdict"]))
-            verdict = self._store.get("verdict").decode() if self._store.check(["verdict"]) else "rank 0 has died"
+        verdict = self._verdict() if self.world.rank else self._judge()
         if verdict:
             raise WorldError(verdict)
+
+    def _judge(self) -> str:
+        """The server's part. It goes with a bad verdict only when the others have heard it: the store may go with it."""
+        missing = self._missing(range(self.world.size))
+        verdict = self._complaint(missing)
+        self._store.set("verdict", verdict)
+        if missing:
+            num_here = self.world.size - len(missing)
+            self._until(lambda: self._store.add("heard", 0) == num_here - 1, GRACE_S)
+        return verdict
+
+    def _verdict(self) -> str:
+        if self._missing([0]):
+            return self._complaint([0])
+        if not self._until(lambda: self._store.check(["verdict"]), self.timeout_s + GRACE_S):
+            return f"rank 0 of {self.world.size} fell silent while the ranks met; see its output"
+        verdict: str = self._store.get("verdict").decode()
+        with suppress(RuntimeError):  # it may be gone now
+            self._store.add("heard", 1)
+        return verdict
 
     def _missing(self, ranks: Iterable[int]) -> list[int]:
         """The ranks that have not arrived when the time is over."""
         keys = {rank: f"arrived/{rank}" for rank in ranks}
-        self._until(lambda: self._store.check(list(keys.values())))
+        self._until(lambda: self._store.check(list(keys.values())), self.timeout_s)
         return [rank for rank, key in keys.items() if not self._store.check([key])]
 
     def _complaint(self, missing: list[int]) -> str:
@@ -123,8 +135,8 @@ class Rendezvous:
             f"{', '.join(map(str, here))}; see the output of those missing, or raise --timeout_s"
         )
 
-    def _until(self, happened: Callable[[], bool]) -> bool:
-        deadline = monotonic() + self.timeout_s
+    def _until(self, happened: Callable[[], bool], limit_s: float) -> bool:
+        deadline = monotonic() + limit_s
         while not happened():
             if monotonic() > deadline:
                 return False
@@ -145,7 +157,7 @@ class Rendezvous:
         asked, known = f"asked/{client}", self._generations.get(client, 0)
         if self.world.rank:
             return int(self._store.add(asked, 1))
-        if not self._until(lambda: self._store.add(asked, 0) > known):
+        if not self._until(lambda: self._store.add(asked, 0) > known, self.timeout_s):
             raise PeerLost(f"rank {client} did not come back to its link within {self.timeout_s:g} s")
         return int(self._store.add(asked, 0))
 
