@@ -5,6 +5,7 @@ float64 adds them without rounding, so addition is associative: partial sums on 
 division comes last. With the scale that `grid_scale` chooses the grid is far finer than the float32 of the result.
 """
 
+import itertools
 import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from fedmpi.errors import NonFinite, TrainingError
 from fedmpi.tensors import Tensors, same_names
 
 _LIMIT = 2.0**53
-_BLOCK = 1 << 15  # elements; a block, its sums and its source stay in the second-level cache together
+_BLOCK = 1 << 16  # elements; a block, its sums and its source stay in the second-level cache together
 _HUGE_BYTES = 4 << 20  # from here on the sums lie in huge pages, where the system has them
 
 
@@ -34,15 +35,19 @@ class Weighted(Protocol):
 
 @dataclass(frozen=True)
 class _Run:
-    """One tensor, or small neighbours of one dtype that are added in one go: calls of torch cost more than they do."""
+    """Tensors of one dtype that are added in one go, since a call of torch costs more than adding one: small, or side by side."""
 
     like: Tensors
     sums: torch.Tensor
 
     def of(self, tensors: Tensors) -> torch.Tensor:
-        """These tensors' elements, flat."""
-        parts = [tensors[name].reshape(-1) for name in self.like]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        """These tensors' elements, flat; without a copy where they lie side by side, as those of a message do."""
+        parts = [tensors[name] for name in self.like]
+        if len(parts) == 1:
+            return parts[0].reshape(-1)
+        if all(_adjacent(left, right) for left, right in itertools.pairwise(parts)):
+            return parts[0].as_strided(self.sums.shape, (1,))
+        return torch.cat([part.reshape(-1) for part in parts])
 
 
 def grid_scale(total_weight: int, largest: float) -> int:
@@ -59,7 +64,7 @@ def exact_mean(updates: Iterable[Weighted], scale: int) -> Tensors:
     for update in updates:
         if not runs:
             like = {name: torch.empty_like(tensor, device="meta") for name, tensor in update.tensors.items()}
-            runs = list(_runs(like))
+            runs = list(_runs(update.tensors, like))
         _same_shapes(like, update.tensors)
         bound += _add(runs, update, scale, bound)
         total += update.weight
@@ -87,18 +92,28 @@ def _magnitude(tensor: torch.Tensor) -> float:
     return math.inf if math.isnan(low + high) else max(abs(low), abs(high))
 
 
-def _runs(like: Tensors) -> Iterator[_Run]:
+def _runs(first: Tensors, like: Tensors) -> Iterator[_Run]:
     """The tensors in their order, cut into runs, each with its place in one zeroed sum."""
     groups: list[Tensors] = []
-    room, dtype = 0, None
-    for name, tensor in like.items():
-        if tensor.numel() > room or tensor.dtype != dtype:
+    room, last = 0, torch.empty(0, dtype=torch.bool)
+    for name, tensor in first.items():
+        if tensor.dtype != last.dtype or (tensor.numel() > room and not _adjacent(last, tensor)):
             groups.append({})
-            room, dtype = _BLOCK, tensor.dtype
-        groups[-1][name] = tensor
+            room = _BLOCK
+        groups[-1][name], last = like[name], tensor
         room -= tensor.numel()
     sizes = [sum(tensor.numel() for tensor in group.values()) for group in groups]
     yield from (_Run(group, sums) for group, sums in zip(groups, torch.split(_zeros(sum(sizes)), sizes), strict=True))
+
+
+def _adjacent(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether the elements of one tensor follow upon those of the other in the same storage."""
+    return (
+        left.data_ptr() + left.numel() * left.element_size() == right.data_ptr()
+        and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+        and left.is_contiguous()
+        and right.is_contiguous()
+    )
 
 
 def _zeros(num: int) -> torch.Tensor:
@@ -124,27 +139,24 @@ def _add(runs: list[_Run], update: Weighted, scale: int, bound: float) -> float:
     factor, most = math.ldexp(update.weight, scale), 0.0
     block = torch.empty(_BLOCK, dtype=torch.float64)
     for run in runs:
-        elements = run.of(update.tensors)
-        magnitude = _magnitude(elements)
-        if not math.isfinite(magnitude):
-            largest({name: update.tensors[name] for name in run.like})  # names the tensor
-        most = max(most, magnitude)
-        if bound + most * factor + 1.0 >= _LIMIT:
-            raise TrainingError(
-                f"the exact mean would overflow its grid 2**-{scale}: the updates have grown more than 64-fold in one round; "
-                "lower the learning rate or clip the updates"
-            )
-        for piece, sums in zip(torch.split(elements, _BLOCK), torch.split(run.sums, _BLOCK), strict=True):
+        for piece, sums in zip(torch.split(run.of(update.tensors), _BLOCK), torch.split(run.sums, _BLOCK), strict=True):
+            most = max(most, _magnitude(piece))
+            if not bound + most * factor + 1.0 < _LIMIT:
+                largest({name: update.tensors[name] for name in run.like})  # names the tensor if it is not finite
+                raise TrainingError(
+                    f"the exact mean would overflow its grid 2**-{scale}: the updates have grown more than 64-fold in one round; "
+                    "lower the learning rate or clip the updates"
+                )
             sums.add_(block[: piece.numel()].copy_(piece).mul_(factor).round_())
     return most * factor + 1.0
 
 
 def _quotient(run: _Run, divisor: float) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a run, divided."""
+    """The tensors of a run, divided: neighbours in one buffer."""
     block = torch.empty(_BLOCK, dtype=torch.float64)
+    quotient = torch.empty(run.sums.shape, dtype=next(iter(run.like.values())).dtype)
+    for piece, sums in zip(torch.split(quotient, _BLOCK), torch.split(run.sums, _BLOCK), strict=True):
+        piece.copy_(torch.div(sums, divisor, out=block[: sums.numel()]))
     sizes = [tensor.numel() for tensor in run.like.values()]
-    for (name, like), sums in zip(run.like.items(), torch.split(run.sums, sizes), strict=True):
-        quotient = torch.empty(like.shape, dtype=like.dtype)
-        for piece, part in zip(torch.split(quotient.view(-1), _BLOCK), torch.split(sums, _BLOCK), strict=True):
-            piece.copy_(torch.div(part, divisor, out=block[: part.numel()]))
-        yield name, quotient
+    for (name, like), part in zip(run.like.items(), torch.split(quotient, sizes), strict=True):
+        yield name, part.view(like.shape)

@@ -187,6 +187,21 @@ def test_adapters_of_all_sizes_take_the_same_arithmetic(monkeypatch: pytest.Monk
         assert same(exact_mean(updates, scale), expected)
 
 
+def test_tensors_side_by_side_take_the_same_arithmetic() -> None:
+    """As views of one buffer, in the order of their names or in another, and as tensors of their own."""
+    updates = drawn(9, 3)
+    expected = exact_mean(updates, scale=30)
+    for names in ("abc", "cab"):
+        views = []
+        for update in updates:
+            flat = torch.cat([torch.zeros(1), *(update.tensors[name].reshape(-1) for name in names)])
+            parts = torch.split(flat[1:], [update.tensors[name].numel() for name in names])
+            shaped = {name: part.view_as(update.tensors[name]) for name, part in zip(names, parts, strict=True)}
+            views.append(Sent({name: shaped[name] for name in "abc"}, update.weight))
+        for mixed in (views, [updates[0], *views[1:]], [views[0], *updates[1:]]):
+            assert same(exact_mean(mixed, scale=30), expected)
+
+
 def test_updates_are_consumed_one_at_a_time_and_left_as_they_are() -> None:
     open_now: list[int] = []
     updates = drawn(1, 4)

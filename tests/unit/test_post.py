@@ -1,0 +1,73 @@
+"""Tensors over the post: what is decoded does not depend on how they lie in the sender's memory."""
+
+import threading
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from fedmpi.federation.post import Post
+from fedmpi.messages import Kind
+from fedmpi.transports import in_process
+
+VALUES = {
+    "a": torch.arange(6.0).view(2, 3),
+    "b": torch.arange(4, dtype=torch.int64),
+    "c": torch.empty(0, 2),
+    "d": torch.tensor(-1.5),
+}
+
+
+def side_by_side(order: str, gap: int = 0) -> dict[str, torch.Tensor]:
+    """The tensors as views of one buffer, in this order, with unused elements between them."""
+    lengths = [VALUES[name].numel() + gap for name in order]
+    parts = torch.split(torch.zeros(3 + sum(lengths))[3:], lengths)
+    made = {}
+    for name, part in zip(order, parts, strict=True):
+        made[name] = part[: VALUES[name].numel()].view(VALUES[name].shape).copy_(VALUES[name])
+    return {name: made[name] for name in sorted(made)}
+
+
+def carried(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What the sender says will be decoded, and what the receiver decodes."""
+    decoded: dict[str, torch.Tensor] = {}
+    server, client = in_process.open_all(2)
+
+    def receive() -> None:
+        with client, client.turn:
+            post = Post(client)
+            message = post.expect(0, Kind.BROADCAST, 0, "test")
+            decoded.update({name: tensor.clone() for name, tensor in post.tensors(message).items()})
+            message.release()
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    with server, server.turn:
+        said = Post(server).send_tensors((1,), Kind.BROADCAST, dict(tensors), 0)
+    thread.join()
+    return said, decoded
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        VALUES,
+        side_by_side("acd"),
+        side_by_side("dca"),
+        side_by_side("acd", gap=1),
+        {"a": torch.arange(6.0).view(3, 2).t(), "d": VALUES["d"]},
+        {"c": VALUES["c"]},
+    ],
+    ids=["apart", "as the manifest has them", "in another order", "with gaps", "transposed", "nothing"],
+)
+def test_what_is_said_is_what_is_decoded(tensors: dict[str, torch.Tensor]) -> None:
+    said, decoded = carried(tensors)
+    assert said.keys() == decoded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(decoded[name], tensor) and torch.equal(said[name], tensor)
+
+
+def test_tensors_that_lie_as_the_manifest_has_them_are_not_copied() -> None:
+    together, apart = side_by_side("acd"), {name: VALUES[name] for name in "acd"}
+    assert carried(together)[0]["a"].data_ptr() == together["a"].data_ptr()
+    assert carried(apart)[0]["a"].data_ptr() != apart["a"].data_ptr()
