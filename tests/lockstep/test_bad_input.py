@@ -54,7 +54,7 @@ def test_settings(said, arguments: tuple[str, ...], words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--model.path=nowhere/model",), ["nowhere/model"]),
+        (("--model.path=./nowhere/model",), ["nowhere/model"]),
         (("--data.name=json", "--data.path=nowhere.jsonl"), ["nowhere.jsonl"]),
         (("--data.name=json", "--data.path=broken.jsonl"), ["broken.jsonl", "line 2"]),
         (("--data.name=json", "--data.path=empty.jsonl"), ["empty.jsonl"]),
