@@ -46,9 +46,7 @@ def add_adapter(model: PreTrainedModel, peft: PeftConfig, seed: int) -> PeftMode
         target_modules=targets,
         fan_in_fan_out=_all_conv1d(model, targets),
     )
-    # peft draws numbers that are replaced below, and asks transformers 5 for something by a name that goes out of use
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    with torch.random.fork_rng(devices=[]):  # peft draws numbers that are replaced below
         adapted = get_peft_model(model, config)
     _initialise(adapted, peft, seed)
     return adapted.eval()
