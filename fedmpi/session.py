@@ -77,6 +77,8 @@ class Session:
         sizes = fed.greet(self.experiment, {c: len(self.host.examples(c)) for c in hosted})
         parties = {c: self.algorithm.build_client(self.host, c) for c in hosted}
         if rank != SERVER:
+            if not hosted:
+                print(f"fedmpi: rank {rank} has no client of the {clients} and idles", flush=True)
             fed.welcome({}, 0)
             return self._follow(fed, parties), None
         return self._lead(fed, parties, sizes)
@@ -96,6 +98,8 @@ class Session:
         committed = folder.resume()
         done = folder.summary()
         fed.conductor = self._conductor(sizes, committed.round + 1 if committed else 0)
+        if not self.quiet:
+            print(f"fedmpi: {self.title}: {described(sizes)}, weights by {self.recipe.weights}", flush=True)
         server = None if done else self.algorithm.build_server(self.host)
         if committed is not None and server is not None:
             server = restored(server, committed.tensors)
@@ -267,6 +271,12 @@ class Keeper:
         }
         self.folder.write("summary.json", summary)
         return summary
+
+
+def described(sizes: Mapping[int, int]) -> str:
+    """The clients' examples, as they were declared and from now on are fixed."""
+    shown = " ".join(str(sizes[client]) for client in sorted(sizes)[:16])
+    return f"{len(sizes)} clients with {shown}{' ...' if len(sizes) > 16 else ''} examples, {sum(sizes.values())} in all"
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""Every recipe that is shipped can be read, and says what the paper says."""
+
+from pathlib import Path
+
+import pytest
+
+from fedmpi import recipe
+from fedmpi.config import RECIPES
+from fedmpi.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = [*sorted((ROOT / "launch" / "recipes").glob("*.yaml")), *sorted(RECIPES.glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_it_reads(path: Path) -> None:
+    wanted, _ = recipe.read(["--config", str(path)], "test", "")
+    assert wanted.rounds >= 1
+
+
+def test_no_arguments_are_the_packaged_quickstart() -> None:
+    nothing, _ = recipe.read([], "test", "")
+    named, _ = recipe.read(["--config=builtin:quickstart"], "test", "")
+    assert nothing == named and nothing.scenario == "all"
+
+
+def test_shepherds_setting() -> None:
+    wanted, _ = recipe.read(["--config", str(ROOT / "launch" / "recipes" / "shepherd-dolly.yaml")], "test", "")
+    assert (wanted.clients, wanted.rounds, wanted.train.epochs, wanted.train.batch_size) == (100, 20, 1, 32)
+    assert (wanted.train.lr, wanted.train.optimizer, wanted.data.max_length, wanted.peft.rank) == (1.5e-4, "adam", 512, 8)
+    assert wanted.peft.init == "gaussian" and len(wanted.peft.target_modules) == 6
+
+
+def test_overrides_win_over_the_recipe_and_change_the_experiment() -> None:
+    plain, _ = recipe.read(["--config=builtin:quickstart"], "test", "")
+    other, _ = recipe.read(["--config=builtin:quickstart", "--train.lr=0.1"], "test", "")
+    placed, _ = recipe.read(["--config=builtin:quickstart", "--run_dir=x", "--timeout_s=9", "--transport=mpi"], "test", "")
+    assert other.train.lr == 0.1 and other.hash() != plain.hash()
+    assert placed.hash() == plain.hash()
+
+
+def test_a_packaged_recipe_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="builtin:nothing"):
+        recipe.read(["--config=builtin:nothing"], "test", "")
