@@ -1,0 +1,229 @@
+"""Score a run, or a model folder, on a task.
+
+    python -m fedmpi.evaluate RUN_DIR --task perplexity
+    python -m fedmpi.evaluate RUN_DIR --task gsm8k --data test.jsonl --shots cot_8shot.txt
+    python -m fedmpi.evaluate MODEL --task helm-mini --data HELM_FOLDER --out results
+
+A run folder brings its own configuration: base model, adapter, data, template. The result is RUN_DIR/evaluations/TASK.json, with
+every output. An evaluation that was interrupted goes on where it stopped. Exit codes: 0 done, 1 failed, 2 not possible.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmpi import config, data, models, recipe
+from fedmpi.errors import CheckpointError, ConfigError, FedmpiError
+
+if TYPE_CHECKING:
+    from fedmpi.evaluation.decoding import Speaker
+    from fedmpi.evaluation.task import Task
+
+DONE, FAILED, IMPOSSIBLE = 0, 1, 2
+CHUNK = 4  # batches between two times that records are written
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from a command line; gives the exit code."""
+    given = _parser().parse_args(arguments)
+    try:
+        return run(given)
+    except ConfigError as error:
+        config.fail(error, "evaluate")
+        return IMPOSSIBLE
+    except FedmpiError as error:
+        config.fail(error, "evaluate")
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m fedmpi.evaluate", description=__doc__, formatter_class=about)
+    add = parser.add_argument
+    add("target", help="the folder of a run, a model folder, a hub id, or builtin:tiny")
+    add("--task", required=True, help="perplexity, exact_match")
+    add("--data", help="the task's file or folder")
+    add("--rows", type=int, help="so many rows at most, drawn with the seed")
+    add("--seed", type=int, default=0)
+    add("--max_new_tokens", type=int)
+    add("--temperature", type=float, help="0 is greedy")
+    add("--top_k", type=int)
+    add("--top_p", type=float)
+    add("--batch_size", type=int, default=16)
+    add("--device", default="auto")
+    add("--threads", type=int, default=1)
+    add("--out", type=Path, help="folder for the result; default RUN_DIR/evaluations, or evaluations/MODEL")
+    add("--again", action="store_true", help="discard a result of this task that is there already")
+    return parser
+
+
+@dataclass(frozen=True)
+class Target:
+    """Who is scored: the base, the adapter on it if any, and how its data were made."""
+
+    model: models.Config
+    adapter: Path | None
+    data: data.Config
+    clients: int | None
+    seed: int
+    out: Path
+
+    def facts(self) -> dict[str, Any]:
+        """For the record: never a path of this machine."""
+        from fedmpi.checkpoint import file_sha256
+
+        adapter = None if self.adapter is None else file_sha256(self.adapter / "adapter_model.safetensors")
+        return {"model": models.public_name(self.model), "dtype": self.model.dtype, "adapter_sha256": adapter}
+
+
+def open_target(path: str, out: Path | None) -> Target:
+    """A run folder is known by its config.yaml; everything else is a model."""
+    folder = Path(path)
+    if not (folder / "config.yaml").is_file():
+        model = models.Config(path)
+        name = models.public_name(model).replace("/", "_").replace(":", "_")
+        return Target(model, None, data.Config(), None, 0, out or Path("evaluations") / name)
+    wanted, _ = recipe.read(["--config", str(folder / "config.yaml")], "config.yaml", "")
+    adapter = folder / "adapter"
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"{folder} has no adapter/ yet: the run has not finished (see state.json); go on with it first")
+    return Target(wanted.model, adapter, wanted.data, wanted.clients, wanted.seed, out or folder / "evaluations")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Open, ask, write."""
+    import torch
+
+    from fedmpi.evaluation.speaker import open_speaker
+    from fedmpi.evaluation.task import Options
+    from fedmpi.evaluation.tasks import Subject, build
+    from fedmpi.host import pick_device
+
+    if given.batch_size < 1 or given.threads < 1:
+        raise ConfigError(f"--batch_size {given.batch_size} and --threads {given.threads} must be at least 1")
+    torch.set_num_threads(given.threads)
+    target = open_target(given.target, given.out)
+    options = Options(**{key: value for key, value in vars(given).items() if key in Options.__dataclass_fields__})
+    tokenizer = models.load_tokenizer(target.model)
+    task = build(Subject(options, tokenizer, target.data, target.clients, target.seed))
+    result = Result(target.out, options.task.replace(":", "-").replace("/", "_"), target.facts(), task)
+    found = result.finished(given.again)
+    if found is None:
+        speaker = open_speaker(target.model, target.adapter, pick_device(given.device, 0), given.batch_size)
+        found = result.make(speaker, given.batch_size * CHUNK)
+    show(found, result.path)
+    return DONE
+
+
+@dataclass(frozen=True)
+class Result:
+    """One evaluation on disk: records one by one in NAME.jsonl while it runs, NAME.json when it is done."""
+
+    folder: Path
+    name: str
+    subject: Mapping[str, Any]
+    task: "Task"
+
+    @property
+    def path(self) -> Path:
+        """The finished result."""
+        return self.folder / f"{self.name}.json"
+
+    @property
+    def part(self) -> Path:
+        """The records so far; its first line says of what."""
+        return self.folder / f"{self.name}.jsonl"
+
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on, as plain values."""
+        facts: dict[str, Any] = json.loads(json.dumps({"subject": self.subject, **self.task.facts()}))
+        return facts
+
+    def finished(self, again: bool) -> dict[str, Any] | None:
+        """The result that is there already, if it is of the same settings."""
+        if again:
+            self.path.unlink(missing_ok=True)
+            self.part.unlink(missing_ok=True)
+        if not self.path.exists():
+            return None
+        found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        self._same(found["settings"], self.path)
+        return found
+
+    def make(self, speaker: "Speaker", chunk: int) -> dict[str, Any]:
+        """Ask what is not answered yet, and finish."""
+        from fedmpi.checkpoint import write_atomically
+        from fedmpi.host import environment
+
+        began, known = time.monotonic(), self._known()
+        ids = self.task.ids
+        missing = [index for index, name in enumerate(ids) if name not in known]
+        with _appending(self.part) as file:
+            for start in range(0, len(missing), chunk):
+                for record in self.task.ask(speaker, missing[start : start + chunk]):
+                    known[record["id"]] = record
+                    file.write(json.dumps(record) + "\n")
+                file.flush()
+        records = [known[name] for name in ids]
+        result = {
+            "task": self.name,
+            **self.task.score(records),
+            "settings": self.settings(),
+            "seconds": time.monotonic() - began,
+            "model_seconds": getattr(speaker, "seconds", None),
+            "prompts_cut": getattr(speaker, "cut", None),
+            "asked_now": len(missing),
+            **environment(),
+            "records": records,
+        }
+        write_atomically(self.path, json.dumps(result, indent=1) + "\n")
+        self.part.unlink()
+        return result
+
+    def _known(self) -> dict[str, dict[str, Any]]:
+        """Records of an interrupted evaluation; the file is begun where there is none."""
+        from fedmpi.checkpoint import write_atomically
+        from fedmpi.folder import read_lines
+
+        lines = list(read_lines(self.part))
+        if lines:
+            self._same(lines[0]["settings"], self.part)
+        whole = [{"settings": self.settings()}, *lines[1:]]  # a last line that was cut short is gone from here on
+        write_atomically(self.part, "".join(json.dumps(line) + "\n" for line in whole))
+        return {line["id"]: line for line in lines[1:]}
+
+    def _same(self, found: Mapping[str, Any], path: Path) -> None:
+        wanted = self.settings()
+        if differ := sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)):
+            raise ConfigError(
+                f"{path} is of other settings ({', '.join(differ)} differ): give --again to discard it, or --out for another folder"
+            )
+
+
+def _appending(path: Path) -> Any:
+    try:
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written ({error}): make room or give another --out") from None
+
+
+def show(result: Mapping[str, Any], path: Path) -> None:
+    """The scores, in lines."""
+    interval = result.get("interval") or {}
+    between = f" ({interval['low']:.4f} to {interval['high']:.4f}, {interval['method']})" if interval.get("low") is not None else ""
+    print(f"{result['task']}: {result['score']:.4f}{between}")
+    for key, value in result.items():
+        if isinstance(value, int | float) and key not in ("score", "seconds", "model_seconds", "asked_now", "threads"):
+            print(f"  {key}: {value:.4f}" if isinstance(value, float) else f"  {key}: {value}")
+    if worst := result.get("worst_client"):
+        print(f"  worst client: {worst['client']} (loss {worst['loss']:.4f} over {worst['num_tokens']} tokens)")
+    print(f"  all outputs: {path}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

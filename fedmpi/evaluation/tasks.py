@@ -1,0 +1,71 @@
+"""From a task's name and a user's options to the task, with its data opened. A name is looked up here and nowhere else."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from fedmpi import data
+from fedmpi.errors import ConfigError, DataError
+from fedmpi.evaluation.decoding import Decoding
+from fedmpi.evaluation.heldout import ExactMatch, Perplexity
+from fedmpi.evaluation.task import Heldout, Options, Task, draw
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a task may know of whom it asks: how its rows were made, and its tokenizer."""
+
+    options: Options
+    tokenizer: Any
+    data: data.Config
+    clients: int | None
+    seed: int
+
+
+def build(subject: Subject) -> Task:
+    """The task that the options name."""
+    name, _, rest = subject.options.task.partition(":")
+    if name not in TASKS:
+        raise ConfigError(f"--task {subject.options.task!r} is not known; there are {', '.join(sorted(TASKS))}")
+    return TASKS[name](subject, rest)
+
+
+def _heldout(subject: Subject) -> Heldout:
+    """The rows that nobody trained on, or all rows of the file that the user gives."""
+    wanted, options = subject.data, subject.options
+    if options.data is not None:
+        rows = data.load(replace(wanted, name="json", path=options.data, num_rows=None), subject.seed).train
+        owners, num, source = dict[str, int](), 0, "all rows of --data"
+    else:
+        parties = data.federate(wanted, subject.clients, subject.seed)
+        rows, num, source = parties.heldout, len(parties.clients), str(parties.record["heldout"])
+        owners = {row.id: client.id for client in parties.clients for row in client.heldout}
+    chosen = draw(len(rows), options.rows, options.seed, "heldout")
+    if not chosen:
+        raise DataError(f"{wanted.name} has no held-out rows: give --data FILE")
+    return Heldout([rows[index] for index in chosen], owners, num, source)
+
+
+def _perplexity(subject: Subject, rest: str) -> Task:
+    heldout = _heldout(subject)
+    examples, counts = data.tokenize(heldout.rows, subject.tokenizer, subject.data)
+    if not examples:
+        raise DataError(f"none of the {counts.rows} held-out rows has a token to predict ({counts})")
+    about = {"max_length": subject.data.max_length, "counts": asdict(counts), **_template(subject)}
+    return Perplexity(heldout, examples, about)
+
+
+def _exact_match(subject: Subject, rest: str) -> Task:
+    decoding = subject.options.decoding(Decoding(max_new_tokens=64))
+    return ExactMatch(_heldout(subject), subject.data.template, decoding, _template(subject))
+
+
+def _template(subject: Subject) -> dict[str, str]:
+    name = subject.data.template
+    return {"template": name, "template_hash": data.template_hash(name)}
+
+
+TASKS: Mapping[str, Callable[[Subject, str], Task]] = {
+    "perplexity": _perplexity,
+    "exact_match": _exact_match,
+}

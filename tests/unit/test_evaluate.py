@@ -1,0 +1,139 @@
+"""The program: a run folder is all it needs, results are whole, an interruption is gone on from, faults are one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedmpi import config, data, evaluate, models
+from fedmpi.evaluation import heldout_loss
+from fedmpi.evaluation.decoding import Measure
+from fedmpi.evaluation.task import Options
+from fedmpi.evaluation.tasks import Subject, build
+from fedmpi.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """What a finished run leaves: its configuration and an adapter that does something."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = Recipe(clients=5, data=data.Config(num_rows=60, max_length=64))
+    (folder / "config.yaml").write_text(config.to_yaml(recipe.settings()))
+    model = models.add_adapter(models.load_model(recipe.model), recipe.peft, 0)
+    tensors = {name: tensor + 0.02 for name, tensor in models.trainable(model).items()}
+    models.save_adapter(model, tensors, folder / "adapter")
+    return folder
+
+
+def evaluated(run_dir: Path, out: Path, *more: str) -> dict:
+    assert evaluate.main([str(run_dir), "--task", "perplexity", "--rows", "40", "--out", str(out), *more]) == 0
+    return json.loads((out / "perplexity.json").read_text())
+
+
+def test_perplexity_is_the_heldout_loss_of_the_adapted_model(run_dir, tmp_path):
+    found = evaluated(run_dir, tmp_path)
+    recipe = Recipe(clients=5, data=data.Config(num_rows=60, max_length=64))
+    model = models.add_adapter(models.load_model(recipe.model), recipe.peft, 0)
+    models.load_trainable(model, {name: tensor + 0.02 for name, tensor in models.trainable(model).items()})
+    parties = data.federate(recipe.data, 5, 0)
+    chosen = {record["id"] for record in found["records"]}
+    rows = [row for row in parties.heldout if row.id in chosen]
+    tokenizer = models.load_tokenizer(recipe.model)
+    score = heldout_loss(model, data.tokenize(rows, tokenizer, recipe.data)[0], 8, 0)
+    assert found["score"] == pytest.approx(score.loss, rel=1e-5) and found["num_tokens"] == score.num_tokens
+    assert found["interval"]["low"] < found["score"] < found["interval"]["high"]
+    for client in parties.clients:
+        mine = [row for row in rows if row.id in {row.id for row in client.heldout}]
+        if mine:
+            own = heldout_loss(model, data.tokenize(mine, tokenizer, recipe.data)[0], 8, 0)
+            assert found["clients"][str(client.id)]["loss"] == pytest.approx(own.loss, rel=1e-5)
+    worst = found["worst_client"]
+    assert worst["loss"] == max(client["loss"] for client in found["clients"].values())
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_an_interrupted_evaluation_goes_on(run_dir, tmp_path, monkeypatch):
+    whole = evaluated(run_dir, tmp_path / "whole", "--batch_size", "2")
+    asked = []
+    from fedmpi.evaluation.speaker import ModelSpeaker
+
+    measure = ModelSpeaker.measure
+
+    def breaking(self, examples):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(len(examples))
+        return measure(self, examples)
+
+    monkeypatch.setattr(ModelSpeaker, "measure", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(run_dir, tmp_path / "two", "--batch_size", "2")
+    part = tmp_path / "two" / "perplexity.jsonl"
+    assert not (tmp_path / "two" / "perplexity.json").exists() and len(part.read_text().splitlines()) == 1 + 3 * 8
+    part.write_text(part.read_text() + '{"id": "cut sho')
+    monkeypatch.setattr(ModelSpeaker, "measure", measure)
+    found = evaluated(run_dir, tmp_path / "two", "--batch_size", "2")
+    assert found["asked_now"] == len(found["records"]) - 24 and found["records"] == whole["records"]
+    assert found["score"] == whole["score"] and not part.exists()
+
+
+def test_a_result_is_kept_for_its_own_settings_only(run_dir, tmp_path, capsys):
+    first = evaluated(run_dir, tmp_path)
+    assert evaluated(run_dir, tmp_path) == first
+    assert evaluate.main([str(run_dir), "--task", "perplexity", "--rows", "7", "--out", str(tmp_path)]) == 2
+    assert "prompt_hash" in (said := capsys.readouterr().err) and "--again" in said and len(said.splitlines()) == 1
+    assert len(evaluated(run_dir, tmp_path, "--again", "--rows", "7")["records"]) == 7
+
+
+def test_a_file_of_ones_own_can_be_scored(run_dir, tmp_path):
+    rows = [{"instruction": "Say", "output": "yes"}, {"instruction": "Say more", "output": "no"}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluated(run_dir, tmp_path, "--data", str(tmp_path / "own.jsonl"))
+    assert found["num_rows"] == 2 and found["clients"] == {} and found["worst_client"] is None
+
+
+class Oracle:
+    """Knows the right answers, or the wrong ones."""
+
+    context = 10**6
+
+    def __init__(self, golds, right=True):
+        self.golds, self.right = golds, right
+
+    def say(self, prompts, decoding, keys, limits=()):
+        return [f" {self.golds[key]}\n" if self.right else "never this" for key in keys]
+
+    def measure(self, examples):
+        return [Measure(0.0, len(example.labels), len(example.labels)) for example in examples]
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_an_oracle_scores_one_and_its_opposite_nothing(right, tmp_path):
+    task = build(Subject(Options("exact_match"), None, data.Config(num_rows=50), 5, 0))
+    oracle = Oracle({row.id: row.output for row in task.heldout.rows}, right)
+    found = evaluate.Result(tmp_path, "exact_match", {}, task).make(oracle, 100)
+    assert found["score"] == float(right) and len(found["records"]) == 512
+    assert {share["score"] for share in found["clients"].values()} == {float(right)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["builtin:tiny", "--task", "nonsense"], "'nonsense' is not known; there are"),
+        (["builtin:tiny", "--task", "perplexity", "--rows", "0"], "--rows is 0: it must be at least 1"),
+        (["./nowhere", "--task", "perplexity"], "./nowhere is no folder"),
+        (["builtin:tiny", "--task", "perplexity", "--data", "nowhere.jsonl"], "nowhere.jsonl is neither a file nor a folder"),
+        (["builtin:tiny", "--task", "exact_match", "--max_new_tokens", "5000"], "max_new_tokens 5000 leaves"),
+    ],
+)
+def test_faults_are_one_line_and_leave_nothing_behind(arguments, expected, tmp_path, capsys):
+    assert evaluate.main([*arguments, "--out", str(tmp_path / "out")]) in (1, 2)
+    said = capsys.readouterr().err
+    assert expected in said and len(said.splitlines()) == 1
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_run_that_has_not_finished_is_told(run_dir, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text((run_dir / "config.yaml").read_text())
+    assert evaluate.main([str(tmp_path), "--task", "perplexity"]) == 2
+    assert "has not finished" in capsys.readouterr().err
