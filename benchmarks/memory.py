@@ -72,7 +72,8 @@ def simulate(clients: int, keep: bool, per_round: int, rounds: int) -> None:
 
     from fedmpi.algorithms import fedavg
     from fedmpi.recipe import Recipe
-    from fedmpi.session import Session, Stop
+    from fedmpi.session import Session
+    from fedmpi.stop import Stop
 
     state = "keep" if keep else "fresh"
     recipe = Recipe(rounds=rounds, clients=clients, clients_per_round=per_round or None, eval_every=0, checkpoint_every=rounds)
@@ -80,7 +81,7 @@ def simulate(clients: int, keep: bool, per_round: int, rounds: int) -> None:
         asked = argparse.Namespace(clients=clients, layers=4, hidden=256, steps=1, optimizer_state=state, rank=64)
         host = simulation.host(asked, Path(folder) / "model")
         before = ranks.rss_mb()
-        Session(recipe, fedavg, host, Path(folder) / "run", "fed", Stop()).train()
+        Session(recipe, fedavg.Config(), fedavg, host, Path(folder) / "run", "fed", Stop()).train()
         adapter_mb = num_bytes(host.base.fresh) / 2**20
     ranks.show({"peak_mb": ranks.peak_rss_mb(), "before_mb": before, "after_mb": ranks.rss_mb(), "adapter_mb": adapter_mb})
 

@@ -36,7 +36,8 @@ from fedmpi.models.logits import supervised_logits
 from fedmpi.recipe import Recipe
 from fedmpi.round import Round
 from fedmpi.seeding import seed_for
-from fedmpi.session import Session, Stop
+from fedmpi.session import Session
+from fedmpi.stop import Stop
 from fedmpi.tensors import Tensors
 
 VOCABULARY, PAD = 512, 0
@@ -200,7 +201,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         made = host(asked, Path(folder) / "model")
-        Session(recipe, measured(times, made), made, Path(folder) / "run", "fed", Stop()).train()
+        Session(recipe, fedavg.Config(), measured(times, made), made, Path(folder) / "run", "fed", Stop()).train()
     report(asked, times)
 
 

@@ -4,9 +4,11 @@ Everything is loaded on first use, so that a rank pays for (and sees) only what 
 ranks or rounds.
 """
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fedmpi import data as corpora
@@ -134,3 +136,22 @@ def pick_device(asked: str, local_rank: int) -> str:
 def trained_share(tensors: Mapping[str, Any], model: Any) -> float:
     """Trained parameters among all."""
     return float(sum(t.numel() for t in tensors.values()) / sum(p.numel() for p in model.parameters()))
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers depend on besides the recipe."""
+    import torch
+
+    names = ("torch", "transformers", "peft", "numpy", "fedmpi")
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in names}
+    return {
+        "versions": versions,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(name: str) -> str:
+    from fedmpi import __version__
+
+    return __version__ if name == "fedmpi" else version(name)

@@ -1,7 +1,7 @@
 """A recipe: everything a user can set for a run, composed from the houses' own settings, checked as far as it needs no model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
@@ -125,10 +125,10 @@ def read(arguments: Sequence[str], program: str, about: str) -> tuple[Recipe, An
     arguments = list(arguments) or ["--config", "builtin:quickstart"]
     module = algorithm(_named(arguments))
     group = module.__name__.rsplit(".", 1)[-1]
-    own = getattr(module, "Config", None)
-    namespace = config.parse(Recipe, arguments, program, about, {group: own} if own else {})
+    has_settings = bool(fields(module.Config))
+    namespace = config.parse(Recipe, arguments, program, about, {group: module.Config} if has_settings else {})
     given: dict[str, Any] = {key: getattr(namespace, key) for key in Recipe.__dataclass_fields__}
-    return Recipe(**given), getattr(namespace, group, None)
+    return Recipe(**given), getattr(namespace, group) if has_settings else module.Config()
 
 
 def algorithm(name: str) -> ModuleType:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from fedmpi.federation.post import Post
     from fedmpi.host import Host
     from fedmpi.round import End
-    from fedmpi.session import Session, Stop
+    from fedmpi.session import Session
+    from fedmpi.stop import Stop
     from fedmpi.transports.base import Transport
 
 FINISHED, FAILED, IMPOSSIBLE, STOPPED = 0, 1, 2, 75
@@ -52,7 +53,7 @@ def start(wanted: Recipe, own: Any, world: World) -> int:
     import torch
 
     from fedmpi.federation.post import Post
-    from fedmpi.session import Stop
+    from fedmpi.stop import Stop
 
     torch.set_num_threads(wanted.threads)
     stop = Stop()
@@ -60,8 +61,9 @@ def start(wanted: Recipe, own: Any, world: World) -> int:
     if world.rank == 0:
         print(f"fedmpi: {world.describe()}", flush=True)
     with open_transport(world, wanted.timeout_s) as transport:
-        stop.post = Post(transport) if transport is not None else None
-        return Program(wanted, own, world, stop).run()
+        if transport is not None:
+            stop.tell_with(transport.want_stop)
+        return Program(wanted, own, world, stop, Post(transport) if transport is not None else None).run()
 
 
 def open_transport(world: World, timeout_s: float) -> "AbstractContextManager[Transport | None]":
@@ -85,6 +87,7 @@ class Program:
     own: Any
     world: World
     stop: "Stop"
+    post: "Post | None"
 
     def run(self) -> int:
         """Gives the exit code, the same on every rank."""
@@ -144,10 +147,10 @@ class Program:
         }
         algorithm, quiet = recipe.algorithm(wanted.algorithm), self.world.rank != 0
         whole = self.recipe.hash(), self.recipe.settings()
-        return Session(wanted, algorithm, host, path, title, self.stop, post, *whole, facts, quiet)
+        return Session(wanted, self.own, algorithm, host, path, title, self.stop, post, *whole, facts, quiet)
 
     def _fed(self, host: "Host", path: Path) -> "tuple[End, Any]":
-        return self._session(self.recipe, host, path, "fed", self.stop.post).train()
+        return self._session(self.recipe, host, path, "fed", self.post).train()
 
     def _solos(self, name: str, host: "Host", path: Path) -> "tuple[End, Any]":
         """Federations of one, side by side on the ranks: every client alone, or one client that has all the data."""
@@ -161,7 +164,7 @@ class Program:
         else:
             numbers = range(len(host.parties.clients))
             jobs = {c: self._session(wanted, host.alone(c), path / "clients" / str(c), f"client {c}", None) for c in numbers}
-        return run_solos(name, {c: Solo(c, job) for c, job in jobs.items()}, self.recipe, self.stop)
+        return run_solos(name, {c: Solo(c, job) for c, job in jobs.items()}, self.recipe, self.stop, self.post)
 
     def _tell(self, path: Path, state: str) -> None:
         """RUN_DIR/state.json: what a batch script reads, where the exit code does not reach it."""

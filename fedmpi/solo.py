@@ -15,8 +15,10 @@ from fedmpi.federation.updates import Update
 from fedmpi.round import End, place
 
 if TYPE_CHECKING:
+    from fedmpi.federation.post import Post
     from fedmpi.recipe import Recipe
-    from fedmpi.session import Session, Stop
+    from fedmpi.session import Session
+    from fedmpi.stop import Stop
     from fedmpi.tensors import Tensors
 
 
@@ -29,10 +31,12 @@ class Solo:
     owned: "Tensors | None" = None
 
 
-def run_solos(name: str, jobs: Mapping[int, Solo], recipe: "Recipe", stop: "Stop") -> tuple[End, dict[int, Any]]:
+def run_solos(
+    name: str, jobs: Mapping[int, Solo], recipe: "Recipe", stop: "Stop", post: "Post | None"
+) -> tuple[End, dict[int, Any]]:
     """Run all jobs on whatever ranks there are; the server learns every job's final scores."""
-    rank, size = (SERVER, 1) if stop.post is None else (stop.post.transport.rank, stop.post.transport.size)
-    fed = Federation(place(len(jobs), size), rank, stop.post)
+    rank, size = (SERVER, 1) if post is None else (post.transport.rank, post.transport.size)
+    fed = Federation(place(len(jobs), size), rank, post)
     fed.greet(recipe.hash(), dict.fromkeys(fed.placement.hosted_by(rank), 1))
     if rank == SERVER:
         end = End.SIGNAL if stop.signal else End.NO

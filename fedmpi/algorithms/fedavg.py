@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Config:
+    """FedAvg has no settings of its own."""
+
+
+@dataclass(frozen=True)
 class Server:
     """What only the server holds: the adapter that the rounds improve."""
 
@@ -34,12 +39,12 @@ class Client:
     owned: "Tensors | None" = None
 
 
-def build_server(host: "Host") -> Server:
+def build_server(config: Config, host: "Host") -> Server:
     """The adapter as it begins: equal to nothing, from the run's seed."""
     return Server(host.base.fresh)
 
 
-def build_client(host: "Host", client: int) -> Client:
+def build_client(config: Config, host: "Host", client: int) -> Client:
     """A client value; its examples live in the host, which tokenises them once."""
     return Client(client, host)
 

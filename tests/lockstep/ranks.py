@@ -10,7 +10,7 @@ from fedmpi import recipe as recipes
 from fedmpi.federation.post import Post
 from fedmpi.recipe import Recipe
 from fedmpi.run import Program
-from fedmpi.session import Stop
+from fedmpi.stop import Stop
 from fedmpi.transports import in_process
 from fedmpi.world import World
 
@@ -24,17 +24,16 @@ def run(wanted: Recipe, folder: Path, size: int = 1, stop_rank: int | None = Non
     """Run a recipe with `size` ranks; gives every rank's exit code, or what it raised."""
     wanted = replace(wanted, run_dir=str(folder))
     if size == 1:
-        return [_program(wanted, 0, 1, Stop()).run()]
+        return [_program(wanted, 0, 1, None).run()]
     results: list[Any] = [None] * size
     transports = in_process.open_all(size, timeout_s=wanted.timeout_s)
 
     def rank(number: int) -> None:
-        stop = Stop(post=Post(transports[number]))
         try:
             with transports[number] as transport, transport.turn:
                 if number == stop_rank:
                     transport.want_stop()
-                results[number] = _program(wanted, number, size, stop).run()
+                results[number] = _program(wanted, number, size, Post(transport)).run()
         except BaseException as error:  # noqa: BLE001 - a test looks at it
             results[number] = error
 
@@ -46,9 +45,9 @@ def run(wanted: Recipe, folder: Path, size: int = 1, stop_rank: int | None = Non
     return results
 
 
-def _program(wanted: Recipe, rank: int, size: int, stop: Stop) -> Program:
+def _program(wanted: Recipe, rank: int, size: int, post: Post | None) -> Program:
     world = World(launcher="none", rank=rank, size=size, local_rank=rank, local_size=size, transport="in_process")
-    return Program(wanted, None, world, stop)
+    return Program(wanted, recipes.algorithm(wanted.algorithm).Config(), world, Stop(), post)
 
 
 def adapter(folder: Path) -> bytes:

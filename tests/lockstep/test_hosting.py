@@ -12,8 +12,8 @@ def test_hosted_clients_take_turns_on_one_frozen_base(settings: list[str]) -> No
     wanted = recipe(*settings)
     parties = data.federate(wanted.data, wanted.clients, wanted.seed)
     host = Host(Base(wanted.model, wanted.peft, "cpu", 0), parties, wanted.data, wanted.train, wanted.eval)
-    clients = [fedavg.build_client(host, client) for client in range(3)]
-    sent = fedavg.build_server(host).adapter
+    clients = [fedavg.build_client(fedavg.Config(), host, client) for client in range(3)]
+    sent = fedavg.build_server(fedavg.Config(), host).adapter
     frozen = {name: p for name, p in host.base.model.named_parameters() if not p.requires_grad}
     before = {name: (p.data_ptr(), digest({name: p})) for name, p in frozen.items()}
     rnd = Round(0, 0, (0, 1, 2), 5, 40, 3)
@@ -30,11 +30,11 @@ def test_an_update_depends_on_seed_round_and_client_alone(settings: list[str]) -
     wanted = recipe(*settings)
     parties = data.federate(wanted.data, wanted.clients, wanted.seed)
     host = Host(Base(wanted.model, wanted.peft, "cpu", 0), parties, wanted.data, wanted.train, wanted.eval)
-    sent = fedavg.build_server(host).adapter
+    sent = fedavg.build_server(fedavg.Config(), host).adapter
 
     def updated(client: int, seed: int) -> str:
         rnd = Round(0, 0, (client,), seed, 40, 9)
-        return digest(fedavg.client_update(fedavg.build_client(host, client), sent, rnd).tensors)
+        return digest(fedavg.client_update(fedavg.build_client(fedavg.Config(), host, client), sent, rnd).tensors)
 
     first = updated(4, 1)
     updated(5, 1)  # whoever had the turn in between

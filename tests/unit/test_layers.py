@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2] / "fedmpi"
 FLOORS = {
-    5: "run session solo plan evaluate generate export report",
+    5: "run session keeper solo plan evaluate generate export report",
     4: "algorithms",
-    3: "federation checkpoint folder host progress recipe",
+    3: "federation checkpoint folder host progress recipe stop",
     2: "transports codecs training offsite evaluation",
     1: "messages round world ledger aggregation models data",
     0: "tensors seeding config errors lazy",

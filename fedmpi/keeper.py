@@ -1,0 +1,174 @@
+"""What the server does around the rounds: evaluate, commit, tell, decide to stop, and write the results. Rank 0 alone has a keeper.
+
+It knows any algorithm by its `run_round` and its server's `adapter` and `SAVED`; it must never know what they do.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import ModuleType
+from typing import Any
+
+from fedmpi import aggregation, checkpoint, models
+from fedmpi.errors import QuorumLost
+from fedmpi.federation.conductor import Conductor
+from fedmpi.federation.lockstep import Federation
+from fedmpi.folder import RunFolder
+from fedmpi.host import Host, environment, trained_share
+from fedmpi.progress import Progress
+from fedmpi.recipe import Recipe
+from fedmpi.round import End, Round
+from fedmpi.stop import Stop
+from fedmpi.tensors import Tensors
+
+_NEW = {"best": None, "worse": 0, "seconds": 0.0, "steps": 0.0, "train_s": 0.0}
+
+
+@dataclass
+class Keeper:
+    """The server's bookkeeping around the rounds of one training: evaluate, commit, report, stop early."""
+
+    recipe: Recipe
+    algorithm: ModuleType
+    host: Host
+    folder: RunFolder
+    fed: Federation
+    stop: Stop
+    title: str
+    quiet: bool
+    owned: dict[int, str]  # which state of each client counts, by digest
+    history: dict[str, Any] = field(default_factory=lambda: dict(_NEW))
+
+    def rounds(self, server: Any, parties: Mapping[int, Any], record: Mapping[str, Any] | None) -> Any:
+        """The loop that every algorithm shares."""
+        conductor = self.fed.conductor
+        assert conductor is not None
+        if record is None:
+            self._line({"round": -1, "event": "evaluation", **self.host.score(server.adapter), **self._answer_base(server)})
+        else:
+            self.history = dict(record["history"])
+            self.fed.ledger.totals.update(record["totals"])
+            self._line({"round": conductor.first_round - 1, "event": "resume"})
+        progress = Progress(self.title, conductor.first_round, self.recipe.rounds, self.quiet)
+        conductor.largest = aggregation.largest(server.adapter)
+        if self.stop.signal:
+            conductor.end = End.SIGNAL
+        try:
+            for rnd in self.fed.rounds():
+                began = time.monotonic()
+                try:
+                    after = self.algorithm.run_round(self.fed, rnd, server, parties)
+                    conductor.largest = aggregation.largest(after.adapter)
+                except QuorumLost as lost:
+                    self._line({"round": rnd.index, "event": "quorum_lost", "message": str(lost), "attempt": rnd.attempt})
+                    print(f"fedmpi: {lost}", file=sys.stderr, flush=True)
+                    continue
+                server = after
+                self._after_round(rnd, server, began, progress)
+        finally:
+            progress.close()
+        return server
+
+    def _after_round(self, rnd: Round, server: Any, began: float, progress: Progress) -> None:
+        conductor = self.fed.conductor
+        assert conductor is not None
+        line = self._figures(rnd)
+        last = rnd.index + 1 >= self.recipe.rounds
+        if last or (self.recipe.eval_every and (rnd.index + 1) % self.recipe.eval_every == 0):
+            line.update(self.host.score(server.adapter))
+        line["seconds"] = time.monotonic() - began
+        self._line(line)
+        self.owned.update(self.fed.outcome.owned)
+        self._decide(conductor, line)
+        if last or conductor.end or (rnd.index + 1) % self.recipe.checkpoint_every == 0:
+            self._commit(rnd.index, server)
+        progress.round(line)
+
+    def _decide(self, conductor: Conductor, line: Mapping[str, Any]) -> None:
+        """Whether this was the last round after all."""
+        self.history["seconds"] += line["seconds"]
+        self.history["steps"] += line["steps"]
+        self.history["train_s"] += line["train_s"]
+        if self.recipe.early_stop and "eval_loss" in line:
+            better = self.history["best"] is None or line["eval_loss"] < self.history["best"]
+            self.history["worse"] = 0 if better else self.history["worse"] + 1
+            self.history["best"] = line["eval_loss"] if better else self.history["best"]
+            if self.history["worse"] >= self.recipe.early_stop:
+                conductor.end = End.FINISHED
+        if self.stop.signal or self.fed.stop_wanted():
+            conductor.end = End.SIGNAL
+
+    def _figures(self, rnd: Round) -> dict[str, Any]:
+        outcome = self.fed.outcome
+        supervised = {c: m["supervised"] for c, m in outcome.metrics.items()}
+        loss = sum(m["loss"] * m["supervised"] for m in outcome.metrics.values()) / sum(supervised.values())
+        summed: dict[str, float] = {key: sum(m[key] for m in outcome.metrics.values()) for key in ("tokens", "flops", "steps")}
+        return {
+            "round": rnd.index,
+            "attempt": rnd.attempt,
+            "cohort": list(rnd.cohort),
+            "counted": sorted(outcome.counted),
+            "failures": {c: str(failure) for c, failure in sorted(outcome.failures.items())},
+            "weights": dict(sorted(outcome.weights.items())),
+            "train_loss": loss,
+            "train_s": sum(m["seconds"] for m in outcome.metrics.values()),
+            **summed,
+            **self.fed.close_books(),
+            "wait_s": outcome.wait_s,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "client_losses": {c: m["loss"] for c, m in sorted(outcome.metrics.items())},
+        }
+
+    def _answer_base(self, server: Any) -> dict[str, Any]:
+        """The base model's answers; one solo run does not repeat what the federation's run tells."""
+        return {} if self.fed.post is None and self.title != "fed" else self.host.answer(server.adapter)
+
+    def _line(self, line: dict[str, Any]) -> None:
+        self.folder.pending.append(line)
+
+    def _commit(self, round_index: int, server: Any) -> None:
+        """State first, then the metrics lines: a line that is there tells of a round that cannot be lost."""
+        record = {"lines": self.folder.pending, "history": self.history, "totals": dict(self.fed.ledger.totals)}
+        self.folder.checkpoints.commit(round_index, saved(server), record, self.owned)
+        self.folder.publish()
+        assert self.fed.conductor is not None
+        self.fed.conductor.durable = round_index
+
+    def finish(self, server: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """The results of a run that came to its end."""
+        lines = self.folder.metrics()
+        models.save_adapter(self.host.base.model, server.adapter, self.folder.path / "adapter")
+        rounds = [line for line in lines if "event" not in line]
+        first = next((line for line in lines if line["round"] == -1), {})
+        totals = dict(self.fed.ledger.totals) | {"seconds": self.history["seconds"]}
+        wanted = ("train_loss", "eval_loss", "eval_token_accuracy")
+        final: dict[str, Any] = {key: rounds[-1][key] for key in wanted if key in rounds[-1]}
+        summary = {
+            "rounds": rounds[-1]["round"] + 1,
+            "base": {key: first[key] for key in ("eval_loss", "eval_token_accuracy", "exact_match") if key in first},
+            "final": final | self.host.answer(server.adapter),
+            "totals": totals,
+            "step_s": self.history["train_s"] / max(1.0, self.history["steps"]),
+            "trainable_share": trained_share(server.adapter, self.host.base.model),
+            "adapter_sha256": checkpoint.file_sha256(self.folder.path / "adapter" / "adapter_model.safetensors"),
+            "data": self.host.parties.record,
+            **environment(),
+            **facts,
+        }
+        self.folder.write("summary.json", summary)
+        return summary
+
+
+def saved(server: Any) -> Tensors:
+    """The tensors of a server's state: the fields that its class names in SAVED."""
+    return {f"{name}/{key}": tensor for name in server.SAVED for key, tensor in getattr(server, name).items()}
+
+
+def restored(server: Any, tensors: Tensors) -> Any:
+    """The server value with the state that `saved` gave."""
+    known = {f.name for f in fields(server)}
+    parts = {name: {key.split("/", 1)[1]: t for key, t in tensors.items() if key.startswith(f"{name}/")} for name in server.SAVED}
+    assert set(parts) <= known
+    return replace(server, **parts)
