@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from fedmpi.data.clients import ClientData as ClientData
     from fedmpi.data.clients import Federated as Federated
     from fedmpi.data.clients import federate as federate
-    from fedmpi.data.corpora import CORPORA as CORPORA
     from fedmpi.data.corpora import Corpus as Corpus
-    from fedmpi.data.corpora import Declaration as Declaration
     from fedmpi.data.corpora import Row as Row
     from fedmpi.data.corpora import load as load
+    from fedmpi.data.declared import CORPORA as CORPORA
+    from fedmpi.data.declared import FEDERATED as FEDERATED
+    from fedmpi.data.declared import Declaration as Declaration
     from fedmpi.data.prompts import TEMPLATES as TEMPLATES
     from fedmpi.data.prompts import Counts as Counts
     from fedmpi.data.prompts import Example as Example
@@ -36,8 +37,9 @@ class Config:
     """Which rows, dealt to clients in which way, cut into tokens in which way.
 
     Args:
-        name: builtin:toy, gsm8k, dolly, or json for files of one's own
-        path: a file, or a folder that is searched for the corpus's known names; plain or .gz
+        name: builtin:toy; gsm8k, dolly, rosetta, code_search_net, alpaca, alpaca_cleaned; fed-code-alpaca, fed-dolly,
+            fed-gsm8k-3, fed-code-search-net, whose clients are fixed; json, csv or parquet for files of one's own
+        path: a file, or a folder that is searched for the corpus's known names; plain, .gz, .bz2 or .xz; default the hub
         fields: names of the fields in the file, as instruction=q,input=c,response=a,category=lang
         splitter: how rows are dealt; auto = the data set's own (builtin:toy and dolly meta, else iid)
         alpha: dirichlet: small is uneven, large is even
@@ -77,7 +79,8 @@ class Config:
 __getattr__ = door(
     __name__,
     {
-        **dict.fromkeys(("Row", "Corpus", "Declaration", "CORPORA", "load"), "corpora"),
+        **dict.fromkeys(("CORPORA", "FEDERATED", "Declaration"), "declared"),
+        **dict.fromkeys(("Row", "Corpus", "load"), "corpora"),
         **dict.fromkeys(("ClientData", "Federated", "federate"), "clients"),
         **dict.fromkeys(("split", "follow"), "splitters"),
         **dict.fromkeys(("TEMPLATES", "render", "template_hash", "encode_prompts", "tokenize", "Example", "Counts"), "prompts"),

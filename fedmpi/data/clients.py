@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 
@@ -65,7 +65,7 @@ def _with_test(corpus: Corpus, per_category: int, seed: int) -> Corpus:
             raise DataError(f"category {category!r} has {len(rows)} rows: too few for data.heldout_per_category {per_category}")
         chosen.update(rng.choice(rows, per_category, replace=False).tolist())
     train = [row for i, row in enumerate(corpus.train) if i not in chosen]
-    return Corpus(corpus.name, train, [corpus.train[i] for i in sorted(chosen)], corpus.declared, corpus.files)
+    return replace(corpus, train=train, test=[corpus.train[i] for i in sorted(chosen)])
 
 
 def _num_clients(num_clients: int | None, corpus: Corpus, splitter: str) -> int:

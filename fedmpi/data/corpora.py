@@ -1,12 +1,16 @@
-"""Corpora: what a data set is called, where its files are, and its rows. It must never know clients or tokens."""
+"""Corpora: from a name and a file, a folder or the hub to rows. It must never know clients or tokens."""
 
-from collections.abc import Mapping
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
 
-from fedmpi.data import Config, records, toy
+from fedmpi.data import Config, files, tables, toy
+from fedmpi.data.declared import CORPORA, FEDERATED, OWN, Declaration, FederatedSet
+from fedmpi.data.records import Record
 from fedmpi.errors import ConfigError, DataError
 from fedmpi.seeding import seed_for
 
@@ -32,20 +36,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Declaration:
-    """What is known of a corpus before its files are opened."""
-
-    fields: Mapping[str, str]  # role -> name in the file; empty: the usual names
-    licence: str
-    source: str
-    rows: tuple[int, int] | None  # train and test rows of the published release
-    train_files: tuple[str, ...] = ()
-    test_files: tuple[str, ...] = ()
-    splitter: str = "iid"
-    clients: int | None = None  # None with splitter meta: one client per category
-
-
-@dataclass(frozen=True)
 class Corpus:
     """A corpus in memory. `test` is empty where the data set has no test split."""
 
@@ -53,59 +43,40 @@ class Corpus:
     train: list[Row]
     test: list[Row]
     declared: Declaration
+    federated: FederatedSet | None = None  # where the name is that of a federated data set
     files: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
-CORPORA: Mapping[str, Declaration] = {
-    "builtin:toy": Declaration(
-        fields={},
-        licence="Apache-2.0",
-        source="made by fedmpi/data/toy.py",
-        rows=(4096, 512),
-        splitter="meta",
-    ),
-    "gsm8k": Declaration(
-        fields={"instruction": "question", "response": "answer"},
-        licence="MIT",
-        source="https://github.com/openai/grade-school-math",
-        rows=(7473, 1319),
-        train_files=("train.jsonl", "gsm8k_train.jsonl", "grade_school_math/data/train.jsonl"),
-        test_files=("test.jsonl", "gsm8k_test.jsonl", "grade_school_math/data/test.jsonl"),
-        clients=3,
-    ),
-    "dolly": Declaration(
-        fields={"instruction": "instruction", "input": "context", "response": "response", "category": "category"},
-        licence="CC BY-SA 3.0",
-        source="https://huggingface.co/datasets/databricks/databricks-dolly-15k",
-        rows=(15011, 0),
-        train_files=("databricks-dolly-15k.jsonl", "new-databricks-dolly-15k.json"),
-        splitter="meta",
-    ),
-    "json": Declaration(
-        fields={},
-        licence="the user's",
-        source="the user's",
-        rows=None,
-        train_files=("train.jsonl", "train.json", "data.jsonl", "data.json"),
-        test_files=("test.jsonl", "test.json"),
-    ),
-}
+@dataclass(frozen=True)
+class Part:
+    """The rows of a training or test part and what the run record says of where they are from."""
+
+    rows: list[Row]
+    facts: Mapping[str, object]
 
 
 def load(config: Config, seed: int) -> Corpus:
     """Read the corpus a configuration names. The seed matters only where `num_rows` draws some of its rows."""
-    if config.name not in CORPORA:
-        raise ConfigError(f"data.name is {config.name!r}: allowed are {', '.join(CORPORA)}")
-    declared, wanted = CORPORA[config.name], parse_fields(config.fields)
+    federated = FEDERATED.get(config.name)
+    declared, wanted = declaration(config.name), parse_fields(config.fields)
     if config.name == "builtin:toy":
         return _toy(config, declared, wanted)
-    paths = _locate(config, declared)
-    names = {role: (name,) for role, name in {**declared.fields, **wanted}.items()} or USUAL_NAMES
-    names = {**USUAL_NAMES, **names} if config.name == "json" else names
-    read = {part: _read(path, part, names, required=set(declared.fields) | set(wanted)) for part, path in paths.items()}
-    train, test = read["train"][0], read["test"][0] if "test" in read else []
-    files = {part: {"name": paths[part].name, "rows": len(rows), "sha256": sha} for part, (rows, sha) in read.items()}
-    return Corpus(config.name, _draw(train, config.num_rows, seed), test, declared, files)
+    if config.path:
+        paths = _locate(config, declared)
+        parts = {part: _from_files(config.name, declared, wanted, part, found) for part, found in paths.items()}
+    else:
+        parts = _from_hub(config.name, declared, wanted)
+    train = _draw(parts["train"].rows, config.num_rows, seed)
+    test = parts["test"].rows if "test" in parts else []
+    return Corpus(config.name, train, test, declared, federated, {part: found.facts for part, found in parts.items()})
+
+
+def declaration(name: str) -> Declaration:
+    """What is known of the corpus that a name stands for."""
+    known = FEDERATED[name].corpus if name in FEDERATED else name
+    if known not in CORPORA:
+        raise ConfigError(f"data.name is {name!r}: allowed are {', '.join([*CORPORA, *FEDERATED])}")
+    return CORPORA[known]
 
 
 def parse_fields(fields: Mapping[str, str] | str) -> dict[str, str]:
@@ -135,39 +106,107 @@ def _toy(config: Config, declared: Declaration, wanted: Mapping[str, str]) -> Co
     return Corpus(config.name, rows["train"], rows["test"], declared)
 
 
-def _locate(config: Config, declared: Declaration) -> dict[str, Path]:
+def _locate(config: Config, declared: Declaration) -> dict[str, list[Path]]:
     """A file is the training rows; a folder is searched for both parts."""
     known = " or ".join(declared.train_files)
-    if not config.path:
-        raise ConfigError(f"data.name {config.name} needs data.path: a file, or a folder with {known} (source: {declared.source})")
-    path = Path(config.path).expanduser()
+    path = Path(config.path or "").expanduser()
     if path.is_file():
-        return {"train": path}
-    if not path.is_dir():
+        found = {"train": [path]}
+    elif path.is_dir():
+        found = {"train": files.find(path, declared.train_files), "test": files.find(path, declared.test_files)}
+    else:
         raise DataError(f"data.path {config.path} is neither a file nor a folder: give a file, or a folder with {known}")
-    train, test = records.find(path, declared.train_files), records.find(path, declared.test_files)
-    if train is None:
-        raise DataError(f"data.path {config.path} has none of the files known for {config.name}: {known}, plain or with .gz")
-    return {"train": train, "test": test} if test else {"train": train}
+    if not found["train"]:
+        raise DataError(f"data.path {config.path} has none of the files known for {config.name}: {known}, plain or compressed")
+    for path in (path for paths in found.values() for path in paths):
+        if declared.kinds and files.kind(path) not in declared.kinds:
+            fitting = next((name for name, kinds in OWN.items() if files.kind(path) in kinds), None)
+            hint = f"give data.name {fitting}" if fitting else f"its own names are {', '.join(OWN)}"
+            raise DataError(f"{path} is no file for data.name {config.name}, which reads {', '.join(declared.kinds)}: {hint}")
+    return {part: paths for part, paths in found.items() if paths}
 
 
-def _read(path: Path, part: str, names: Mapping[str, tuple[str, ...]], required: set[str]) -> tuple[list[Row], str]:
-    found, sha = records.read(path)
-    if "input" in required and not any(name in record.values for record in found for name in names["input"]):
-        raise DataError(f"{path} has no field {names['input'][0]!r} in any record: give the right name in data.fields input=...")
-    required = (required | {"instruction", "response"}) - {"input"}
-    return [_row(record, f"{part}:{i}", names, required) for i, record in enumerate(found)], sha
+def _from_files(name: str, declared: Declaration, wanted: Mapping[str, str], part: str, paths: Sequence[Path]) -> Part:
+    read = [files.read(path) for path in paths]
+    digests = [sha for _, sha in read]
+    sha = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    called = paths[0].name if len(paths) == 1 else f"{paths[0].name} and {len(paths) - 1} more"
+    found = [record for records, _ in read for record in records]
+    where = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} and others"
+    reading = _reading(name, declared, declared.fields, wanted)
+    return _part(found, reading, part, where, {"name": called, "sha256": sha})
 
 
-def _row(record: records.Record, row_id: str, names: Mapping[str, tuple[str, ...]], required: set[str]) -> Row:
-    values = {role: _value(record, role, names.get(role, ()), role in required) for role in ROLES}
-    return Row(values["instruction"], values["input"], values["response"], values["category"], row_id)
+def _from_hub(name: str, declared: Declaration, wanted: Mapping[str, str]) -> dict[str, Part]:
+    hub = declared.hub
+    if hub is None:
+        known = " or ".join(declared.train_files)
+        raise ConfigError(f"data.name {name} needs data.path: a file, or a folder with {known} (source: {declared.source})")
+    reading = _reading(name, declared, hub.fields or declared.fields, wanted)
+    parts = {}
+    for part, split in hub.parts.items():
+        found = list(tables.from_hub(hub.name, hub.subset, split))
+        sha = hashlib.sha256(tables.fingerprint(found).encode()).hexdigest()
+        parts[part] = _part(found, reading, part, hub.name, {"name": hub.name, "sha256": sha})
+    return parts
 
 
-def _value(record: records.Record, role: str, names: tuple[str, ...], required: bool) -> str:
+@dataclass(frozen=True)
+class _Reading:
+    """How the records of one corpus become rows."""
+
+    name: str
+    declared: Declaration
+    names: Mapping[str, tuple[str, ...]]  # role -> what it may be called
+    required: frozenset[str]
+
+
+def _reading(name: str, declared: Declaration, fields: Mapping[str, str], wanted: Mapping[str, str]) -> _Reading:
+    named = {**fields, **wanted}
+    usual = USUAL_NAMES if name in OWN else dict.fromkeys(ROLES, ())
+    names = {role: (named[role],) if role in named else usual[role] for role in ROLES}
+    return _Reading(name, declared, names, frozenset({"instruction", "response", *named} - {"input"}))
+
+
+def _part(found: Sequence[Record], reading: _Reading, part: str, where: str, facts: Mapping[str, object]) -> Part:
+    """Rows of the records, without the categories that the declaration drops; what was dropped and cleaned is told."""
+    declared, names = reading.declared, reading.names["input"]
+    if len(names) == 1 and not any(name in record.values for record in found for name in names):
+        raise DataError(f"{where} has no field {names[0]!r} in any record: give the right name in data.fields input=...")
+    rows, dropped, num_cleaned = [], Counter[str](), 0
+    for index, record in enumerate(found):
+        row, was_cleaned = _row(record, f"{part}:{index}", reading)
+        if row.category in declared.dropped:
+            dropped[row.category] += 1
+            continue
+        if declared.categories and row.category not in declared.categories:
+            known = ", ".join(declared.categories)
+            raise DataError(f"{record.place} has the unknown category {row.category!r}: {reading.name} has {known}")
+        rows.append(row)
+        num_cleaned += was_cleaned
+    told: dict[str, object] = {**facts, "rows": len(rows)}
+    told |= {"dropped": dict(sorted(dropped.items()))} if dropped else {}
+    told |= {"cleaned": num_cleaned} if declared.cleaned else {}
+    return Part(rows, told)
+
+
+def _row(record: Record, row_id: str, reading: _Reading) -> tuple[Row, bool]:
+    """The row and whether a character of it was replaced."""
+    raw = [_value(record, role, reading.names[role], role in reading.required) for role in ROLES]
+    instruction, given, response, category = values = [_clean(text, reading.declared.cleaned) for text in raw]
+    return Row(instruction, given, response, category, row_id), values != raw
+
+
+def _clean(text: str, cleaned: Mapping[str, str]) -> str:
+    for bad, good in cleaned.items():
+        text = text.replace(bad, good)
+    return text
+
+
+def _value(record: Record, role: str, names: tuple[str, ...], required: bool) -> str:
     value = next((record.values[name] for name in names if name in record.values), None)
     if value is None and required:
-        expected, found = " or ".join(map(repr, names)), ", ".join(sorted(record.values)) or "none"
+        expected, found = " or ".join(map(repr, names)), ", ".join(sorted(map(str, record.values))) or "none"
         raise DataError(f"{record.place} has no {role}: expected field {expected}, found {found}; set data.fields {role}=NAME")
     if isinstance(value, dict | list):
         raise DataError(f"{record.place} has a {type(value).__name__} as its {role}: expected text")

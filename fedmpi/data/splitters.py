@@ -31,18 +31,29 @@ def split(
         return _sorted(numpy.array_split(rng.permutation(len(labels)), clients))
     if splitter == "meta":
         return _meta(labels, clients, rng)
-    if splitter == "shards":
-        return _shards(labels, clients, shards, rng)
+    if splitter in ("shards", "unequal_shards"):
+        volumes = None if splitter == "shards" else _volumes(len(labels), clients, alpha, max(min_rows, shards), rng)
+        return _shards(labels, clients, shards, volumes, rng)
+    if splitter == "quantity":
+        ends = numpy.cumsum(_volumes(len(labels), clients, alpha, min_rows, rng))
+        return _sorted(numpy.split(rng.permutation(len(labels)), ends[:-1]))
+    if splitter == "root_verb":
+        return _whole(labels, clients, rng)
     assert splitter == "dirichlet", splitter
     return _dirichlet(labels, clients, alpha, min_rows, balance, rng)
 
 
-def follow(shares: Sequence[dict[str, int]], labels: Sequence[str], seed: int) -> Split:
-    """Deal other rows by a split that stands: of each category a client gets the share it has of the training rows."""
+def follow(shares: Sequence[dict[str, int]], labels: Sequence[str], seed: int, strangers: bool = False) -> Split:
+    """Deal other rows by a split that stands: of each category a client gets the share it has of the training rows.
+
+    A category that no client has is refused, or with `strangers` dealt by the volume of the clients.
+    """
     rng = numpy.random.default_rng(seed_for(seed, "follow"))
     dealt: Split = [[] for _ in shares]
     for category, rows in _by_category(labels, rng):
         weights = numpy.array([share.get(category, 0) for share in shares], dtype=float)
+        if strangers and not weights.any():
+            weights = numpy.array([sum(share.values()) for share in shares], dtype=float)
         if not weights.any():
             raise DataError(f"the test rows have category {category!r}, which no client has among its training rows")
         _deal(rows, weights / weights.sum(), dealt)
@@ -63,16 +74,53 @@ def _meta(labels: Sequence[str], clients: int, rng: numpy.random.Generator) -> S
     return _sorted(dealt)
 
 
-def _shards(labels: Sequence[str], clients: int, shards: int, rng: numpy.random.Generator) -> Split:
-    """Rows in the order of their categories, cut into equal shards, so many for a client (Shepherd, equal volumes)."""
+def _shards(
+    labels: Sequence[str], clients: int, shards: int, volumes: NDArray[numpy.int64] | None, rng: numpy.random.Generator
+) -> Split:
+    """Rows in the order of their categories, cut into shards, so many for a client (Shepherd's two allocations).
+
+    A client's shards are equal; without volumes so are all. Shards lie in a random order, so which categories a client
+    gets is drawn, and it gets few of them.
+    """
     if len(labels) < clients * shards:
         raise DataError(
             f"{len(labels)} rows are too few for {clients} clients of {shards} shards: use fewer clients or data.shards"
         )
     ordered = numpy.concatenate([rows for _, rows in _by_category(labels, rng)])
-    cut = numpy.array_split(ordered, clients * shards)
-    turns = rng.permutation(len(cut)).reshape(clients, shards)
-    return _sorted([numpy.concatenate([cut[i] for i in turn]) for turn in turns])
+    turns = rng.permutation(clients * shards)  # the shard that lies at each place belongs to client turn // shards
+    even = numpy.full(clients * shards, 1 / (clients * shards))
+    if volumes is None:
+        sizes = _apportion(len(labels), even)
+    else:
+        of_client = [_apportion(int(volume), numpy.full(shards, 1 / shards)) for volume in volumes]
+        sizes = numpy.concatenate(of_client)[turns]
+    parts = numpy.split(ordered, numpy.cumsum(sizes)[:-1])
+    dealt: list[list[int]] = [[] for _ in range(clients)]
+    for turn, part in zip(turns.tolist(), parts, strict=True):
+        dealt[turn // shards].extend(part.tolist())
+    return _sorted(dealt)
+
+
+def _volumes(rows: int, clients: int, alpha: float, min_rows: int, rng: numpy.random.Generator) -> NDArray[numpy.int64]:
+    """How many rows each client gets: at least `min_rows`, the rest by Dirichlet(alpha)."""
+    left = rows - clients * min_rows
+    if left < 0:
+        raise DataError(f"{rows} rows are too few for {clients} clients of {min_rows} each: use fewer clients or data.min_rows")
+    shares = rng.dirichlet(numpy.full(clients, alpha))
+    if not shares.sum() > 0:  # underflow at a tiny alpha: all of the rest to one client
+        shares = numpy.eye(clients)[rng.integers(clients)]
+    return min_rows + _apportion(left, shares / shares.sum())
+
+
+def _whole(labels: Sequence[str], clients: int, rng: numpy.random.Generator) -> Split:
+    """Categories stay whole: the largest first, each to the client that has the fewest rows so far."""
+    groups = sorted(_by_category(labels, rng), key=lambda group: (-len(group[1]), group[0]))
+    if len(groups) < clients:
+        raise DataError(f"{len(groups)} root verbs cannot be dealt whole to {clients} clients: use fewer clients")
+    dealt: Split = [[] for _ in range(clients)]
+    for _, rows in groups:
+        min(dealt, key=len).extend(rows.tolist())
+    return _sorted(dealt)
 
 
 def _dirichlet(

@@ -1,7 +1,10 @@
 """Corpora and their clients: what is read, what is refused and in which words, and who holds which rows out."""
 
+import bz2
 import gzip
 import json
+import lzma
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ from fedmpi.data import __main__ as program
 from fedmpi.errors import ConfigError, DataError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
+PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 real = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real corpora: {SHARED} is missing")
 
 
@@ -26,12 +30,15 @@ def samples(num, **more):
     return [{"instruction": f"do {i}", "context": f"with {i}", "response": f"done {i}", **more} for i in range(num)]
 
 
-def dolly(num_per_category=30, categories=("a", "b", "c")):
+KINDS = ("brainstorming", "classification", "summarization")  # three of dolly's eight
+
+
+def dolly(num_per_category=30, categories=KINDS):
     return [row for name in categories for row in samples(num_per_category, category=name)]
 
 
-def load(path, **more):
-    return data.load(data.Config(name="json", path=str(path), **more), seed=0)
+def load(path, name="json", **more):
+    return data.load(data.Config(name=name, path=str(path), **more), seed=0)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.json.gz"])
@@ -68,7 +75,7 @@ def test_fields_from_the_command_line(tmp_path, capsys):
 
 
 def test_program_prints_one_line_for_what_it_refuses(capsys):
-    assert program.main(["gsm8k"]) == 2
+    assert program.main(["rosetta"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and "data.path" in captured.err
 
@@ -115,8 +122,11 @@ def test_truncated_gzip_and_foreign_kinds(tmp_path):
         with pytest.raises(DataError, match="cannot be read"):
             load(tmp_path / name)
     (tmp_path / "rows.csv").write_text("a,b")
-    with pytest.raises(DataError, match="neither JSON nor JSONL"):
+    with pytest.raises(DataError, match="no file for data.name json, which reads .jsonl, .json: give data.name csv"):
         load(tmp_path / "rows.csv")
+    (tmp_path / "train.txt").write_text("a,b")
+    with pytest.raises(DataError, match="train.txt is no file of rows by its name: expected .jsonl, .json, .csv, .parquet"):
+        data.load(data.Config(name="gsm8k", path=str(tmp_path / "train.txt")), 0)
 
 
 def test_path_that_is_missing_or_holds_nothing_known(tmp_path):
@@ -128,9 +138,10 @@ def test_path_that_is_missing_or_holds_nothing_known(tmp_path):
 
 def test_impossible_settings():
     for settings, words in [
-        ({"name": "nope"}, "allowed are builtin:toy, gsm8k, dolly, json"),
+        ({"name": "nope"}, "allowed are builtin:toy, gsm8k, dolly, rosetta, .* fed-code-search-net"),
         ({"path": "x"}, "made by the program"),
-        ({"name": "gsm8k"}, "needs data.path"),
+        ({"name": "json"}, "needs data.path"),
+        ({"name": "fed-code-alpaca"}, "needs data.path"),
     ]:
         with pytest.raises(ConfigError, match=words):
             data.load(data.Config(**settings), 0)
@@ -156,19 +167,19 @@ def test_gsm8k_folder_brings_its_test_split(tmp_path):
 def test_a_tenth_of_each_client_is_held_out_and_never_trained_on(tmp_path):
     write(tmp_path / "databricks-dolly-15k.jsonl", dolly())
     federated = data.federate(data.Config(name="dolly", path=str(tmp_path)), None, 0)
-    assert federated.client_categories == ({"a": 27}, {"b": 27}, {"c": 27})
+    assert federated.client_categories == tuple({name: 27} for name in KINDS)
     trained = {row.id for client in federated.clients for row in client.train}
     held = {row.id for client in federated.clients for row in client.heldout}
     assert len(trained) == 81 and len(held) == 9 and not trained & held
     assert held == {row.id for row in federated.heldout}
-    assert {row.category for row in federated.clients[1].heldout} == {"b"}
+    assert {row.category for row in federated.clients[1].heldout} == {KINDS[1]}
 
 
 def test_rows_held_out_per_category_follow_the_clients(tmp_path):
     write(tmp_path / "databricks-dolly-15k.jsonl", dolly())
     settings = data.Config(name="dolly", path=str(tmp_path), heldout_per_category=10, splitter="shards")
     federated = data.federate(settings, 3, 0)
-    assert [sum(row.category == name for row in federated.heldout) for name in "abc"] == [10, 10, 10]
+    assert [sum(row.category == name for row in federated.heldout) for name in KINDS] == [10, 10, 10]
     for client, share in zip(federated.clients, federated.client_categories, strict=True):
         assert {row.category for row in client.heldout} <= share.keys()
     assert sum(len(client.heldout) for client in federated.clients) == 30
@@ -217,7 +228,7 @@ def test_record_is_plain_json_without_a_path(tmp_path):
     write(tmp_path / "databricks-dolly-15k.jsonl", dolly())
     record = data.federate(data.Config(name="dolly", path=str(tmp_path)), 2, 0).record
     assert str(tmp_path) not in json.dumps(record)
-    assert [sorted(share) for share in record["client_categories"]] == [["a", "c"], ["b"]]
+    assert [sorted(share) for share in record["client_categories"]] == [[KINDS[0], KINDS[2]], [KINDS[1]]]
     assert record["train_rows"] == [54, 27] and record["published_rows"] == [15011, 0]
 
 
@@ -235,15 +246,113 @@ def test_the_house_opens_without_heavy_packages():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz"])
+def test_csv_with_commas_line_ends_and_quotes(tmp_path, suffix):
+    content = '\ufeffq,a,lang\r\n"one, ""two""","line\nline",x\r\n\r\nthree,,y\r\n'.encode()
+    (tmp_path / f"rows.csv{suffix}").write_bytes(PACK[suffix](content))
+    fields = "instruction=q,response=a,category=lang"
+    rows = load(tmp_path / f"rows.csv{suffix}", name="csv", fields=fields).train
+    assert rows == [data.Row('one, "two"', "", "line\nline", "x", "train:0"), data.Row("three", "", "", "y", "train:1")]
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (b"instruction,response\na,b\nc\n", "line 3 has 1 fields: the first line names 2"),
+        (b'instruction,response\na,"b" c\n', "line 2 is not CSV"),
+        (b"instruction,instruction\na,b\n", "line 1 names a field twice"),
+        (b"instruction,response\n", "holds no records"),
+        (b"question,answer\na,b\n", "line 2 has no instruction: expected field 'instruction', found answer, question"),
+        (b"instruction,response\na,\xe9\n", "line 2 is not UTF-8"),
+        (b"", "holds no records"),
+    ],
+)
+def test_bad_csv_is_one_line_with_its_place(tmp_path, content, where):
+    (tmp_path / "rows.csv").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load(tmp_path / "rows.csv", name="csv")
+    assert str(tmp_path / "rows.csv") in str(caught.value) and where in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs pyarrow (pip install 'fedmpi[data]')")
+    import pyarrow
+
+    parquet.write_table(pyarrow.Table.from_pylist(samples(3, category="x")), tmp_path / "train.parquet")
+    assert load(tmp_path, name="parquet").train[1] == data.Row("do 1", "with 1", "done 1", "x", "train:1")
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(DataError, match="is not a Parquet file that can be read"):
+        load(tmp_path, name="parquet")
+
+
+def rosetta(num, language, output="x = 1"):
+    return [{"instruction": f"task {i}", "input": language, "output": output} for i in range(num)]
+
+
+@pytest.mark.parametrize("splitter", ["meta", "iid", "dirichlet", "shards", "quantity", "unequal_shards"])
+def test_assembly_leaves_rosetta_in_every_splitter_and_no_break_spaces_are_spaces(tmp_path, splitter):
+    rows = rosetta(20, "Go") + rosetta(5, "X86 Assembly") + rosetta(5, "X86-64 Assembly") + rosetta(20, "C#", "x\u00a0= 1")
+    write(tmp_path / "rosetta_alpaca.json", rows)
+    federated = data.federate(data.Config(name="rosetta", path=str(tmp_path), splitter=splitter), 2, 0)
+    held = [row for client in federated.clients for row in [*client.train, *client.heldout]]
+    assert len(held) == 40 and {row.category for row in held} == {"Go", "C#"} and {row.output for row in held} == {"x = 1"}
+    assert federated.record["files"]["train"]["dropped"] == {"X86 Assembly": 5, "X86-64 Assembly": 5}
+    assert federated.record["files"]["train"]["cleaned"] == 20
+
+
+def test_an_unknown_category_is_refused_with_its_line(tmp_path):
+    write(tmp_path / "rosetta_alpaca.json", rosetta(2, "Go") + rosetta(1, "Cobol"))
+    with pytest.raises(DataError, match="line 3 has the unknown category 'Cobol': rosetta has C, C#"):
+        data.load(data.Config(name="rosetta", path=str(tmp_path)), 0)
+
+
+def test_code_search_net_is_searched_for_all_its_files(tmp_path):
+    def row(language, number):
+        return {"docstring": f"Do {number}.", "code": "pass", "language": language, "repo": "a/b"}
+
+    for language, parts in {"go": 2, "ruby": 1}.items():
+        for split, number in [("train", part) for part in range(parts)] + [("test", 0)]:
+            folder = tmp_path / language / "final" / "jsonl" / split
+            folder.mkdir(parents=True, exist_ok=True)
+            write(folder / f"{language}_{split}_{number}.jsonl.gz", [row(language, i) for i in range(4)], compress=True)
+    corpus = data.load(data.Config(name="code_search_net", path=str(tmp_path)), 0)
+    assert len(corpus.train) == 12 and len(corpus.test) == 8
+    assert corpus.train[-1] == data.Row("Do 3.", "ruby", "pass", "ruby", "train:11")
+    assert corpus.files["train"]["name"] == "go_train_0.jsonl.gz and 2 more"
+    one = data.load(data.Config(name="code_search_net", path=str(tmp_path / "ruby")), 0)
+    assert [len(one.train), len(one.test)] == [4, 4]
+
+
+def test_without_a_path_the_hub_is_asked_and_its_silence_is_one_line():
+    pytest.importorskip("datasets", reason="the hub needs datasets (pip install 'fedmpi[data]')")
+    program = [sys.executable, "-m", "fedmpi.data", "fed-dolly"]
+    ended = subprocess.run(program, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and ended.stdout == ""
+    line = ended.stderr.splitlines()[-1]
+    assert "databricks/databricks-dolly-15k cannot be had from the hub" in line and line.endswith("give data.path")
+
+
 @real
 @pytest.mark.parametrize(
     ("name", "folder", "counts", "categories"),
-    [("gsm8k", "gsm8k", (7473, 1319), 1), ("dolly", "dolly15k", (15011, 0), 8)],
+    [
+        ("gsm8k", "gsm8k", (7473, 1319), 1),
+        ("dolly", "dolly15k", (15011, 0), 8),
+    ],
 )
 def test_real_corpora_have_their_published_rows(name, folder, counts, categories):
     corpus = data.load(data.Config(name=name, path=str(SHARED / folder)), 0)
     assert (len(corpus.train), len(corpus.test)) == counts == corpus.declared.rows
     assert len({row.category for row in corpus.train}) == categories
+
+
+@real
+def test_the_rebuilt_rosetta_and_a_part_of_alpaca():
+    corpus = data.load(data.Config(name="rosetta", path=str(SHARED / "rosetta")), 0)
+    assert len(corpus.train) == 7384 and len({row.category for row in corpus.train}) == 9
+    assert corpus.files["train"]["dropped"] == {"X86 Assembly": 56} and corpus.files["train"]["cleaned"] == 4
+    alpaca = data.load(data.Config(name="alpaca", path=str(SHARED / "alpaca" / "alpaca_small.json.gz")), 0)
+    assert len(alpaca.train) == 2000
 
 
 @real
