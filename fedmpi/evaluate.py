@@ -46,9 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fedmpi.evaluate", description=__doc__, formatter_class=about)
     add = parser.add_argument
     add("target", help="the folder of a run, a model folder, a hub id, or builtin:tiny")
-    add("--task", required=True, help="perplexity, exact_match")
+    add("--task", required=True, help="perplexity, exact_match, gsm8k")
     add("--data", help="the task's file or folder")
     add("--rows", type=int, help="so many rows at most, drawn with the seed")
+    add("--shots", help="gsm8k: a file of worked examples, Q: and A:")
+    add("--form", choices=("bare", "training"), help="gsm8k: Q and A, or the template of training; default bare with shots")
     add("--seed", type=int, default=0)
     add("--max_new_tokens", type=int)
     add("--temperature", type=float, help="0 is greedy")

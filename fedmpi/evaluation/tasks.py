@@ -6,6 +6,7 @@ from typing import Any
 
 from fedmpi import data
 from fedmpi.errors import ConfigError, DataError
+from fedmpi.evaluation import gsm8k
 from fedmpi.evaluation.decoding import Decoding
 from fedmpi.evaluation.heldout import ExactMatch, Perplexity
 from fedmpi.evaluation.task import Heldout, Options, Task, draw
@@ -60,6 +61,21 @@ def _exact_match(subject: Subject, rest: str) -> Task:
     return ExactMatch(_heldout(subject), subject.data.template, decoding, _template(subject))
 
 
+def _gsm8k(subject: Subject, rest: str) -> Task:
+    options = subject.options
+    if options.data is None and "gsm8k" not in subject.data.name:
+        raise ConfigError("--task gsm8k needs --data: the test file, or its folder (the run was not trained on gsm8k)")
+    wanted = (
+        subject.data if options.data is None else replace(subject.data, name="gsm8k", path=options.data, fields={}, num_rows=None)
+    )
+    corpus = data.load(wanted, subject.seed)
+    rows = corpus.test if own else corpus.test or corpus.train
+    if not rows:
+        raise DataError("the run's gsm8k has no test split: give --data FILE")
+    chosen = [rows[index] for index in draw(len(rows), options.rows, options.seed, "gsm8k")]
+    return gsm8k.build(chosen, options.shots, options.form, subject.data.template, options.decoding(gsm8k.DECODING))
+
+
 def _template(subject: Subject) -> dict[str, str]:
     name = subject.data.template
     return {"template": name, "template_hash": data.template_hash(name)}
@@ -68,4 +84,5 @@ def _template(subject: Subject) -> dict[str, str]:
 TASKS: Mapping[str, Callable[[Subject, str], Task]] = {
     "perplexity": _perplexity,
     "exact_match": _exact_match,
+    "gsm8k": _gsm8k,
 }

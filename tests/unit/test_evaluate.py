@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from evaluation_data import Oracle
 
 from fedmpi import config, data, evaluate, models
 from fedmpi.evaluation import heldout_loss
-from fedmpi.evaluation.decoding import Measure
 from fedmpi.evaluation.task import Options
 from fedmpi.evaluation.tasks import Subject, build
 from fedmpi.recipe import Recipe
@@ -90,21 +90,6 @@ def test_a_file_of_ones_own_can_be_scored(run_dir, tmp_path):
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = evaluated(run_dir, tmp_path, "--data", str(tmp_path / "own.jsonl"))
     assert found["num_rows"] == 2 and found["clients"] == {} and found["worst_client"] is None
-
-
-class Oracle:
-    """Knows the right answers, or the wrong ones."""
-
-    context = 10**6
-
-    def __init__(self, golds, right=True):
-        self.golds, self.right = golds, right
-
-    def say(self, prompts, decoding, keys, limits=()):
-        return [f" {self.golds[key]}\n" if self.right else "never this" for key in keys]
-
-    def measure(self, examples):
-        return [Measure(0.0, len(example.labels), len(example.labels)) for example in examples]
 
 
 @pytest.mark.parametrize("right", [True, False])
