@@ -12,5 +12,6 @@ shift
 where=(--standalone)
 [ -z "${HEAD:-}" ] || where=(--nnodes "${NNODES:-2}" --rdzv-backend c10d --rdzv-id fedmpi --rdzv-endpoint "$HEAD")
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun sets the same and warns about it; --threads is what counts
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 exec "$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$ranks" \
-  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600 -m fedmpi.run "$@"
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m fedmpi.run "$@"

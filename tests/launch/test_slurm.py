@@ -1,5 +1,6 @@
 """Slurm for real: a cluster of virtual nodes, srun with and without PMIx, and a job that is signalled and requeued."""
 
+import sys
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from cluster import Cluster
 from program import LAUNCH_S, PROGRAM, RECIPE, REPOSITORY, adapter_of, clean_environment, rounds_of, state_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
-PYTHON = str(REPOSITORY / ".venv/bin/python")
+PYTHON = sys.executable
 JOB = str(REPOSITORY / "slurm/fedavg.sh")
 
 

@@ -49,7 +49,7 @@ def test_two_agents_meet_over_c10d(tmp_path: Path, expected: str) -> None:
 
 def test_usr1_to_the_agent_commits_and_another_placement_goes_on(tmp_path: Path, expected: str) -> None:
     command = ["bash", str(REPOSITORY / "launch/torchrun.sh"), "3", "--config", str(RECIPE), "--run_dir", "run"]
-    with started(command, tmp_path) as agent:
+    with started(command, tmp_path, VENV=sys.prefix) as agent:
         wait_for(lambda: rounds_of(tmp_path / "run"), agent, "a committed round")
         agent.send_signal(signal.SIGUSR1)
         agent.wait(LAUNCH_S)
