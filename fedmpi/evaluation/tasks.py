@@ -65,9 +65,8 @@ def _gsm8k(subject: Subject, rest: str) -> Task:
     options = subject.options
     if options.data is None and "gsm8k" not in subject.data.name:
         raise ConfigError("--task gsm8k needs --data: the test file, or its folder (the run was not trained on gsm8k)")
-    wanted = (
-        subject.data if options.data is None else replace(subject.data, name="gsm8k", path=options.data, fields={}, num_rows=None)
-    )
+    own = options.data is None
+    wanted = subject.data if own else replace(subject.data, name="gsm8k", path=options.data, fields={}, num_rows=None)
     corpus = data.load(wanted, subject.seed)
     rows = corpus.test if own else corpus.test or corpus.train
     if not rows:
