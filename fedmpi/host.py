@@ -68,6 +68,11 @@ class Host:
     eval: evaluation.Config
     _examples: dict[int, list[corpora.Example]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Only the tokenizer knows the text of a chat template."""
+        if self.data.template == "chat":
+            self.parties.record["template_hash"] = corpora.template_hash("chat", self.base.tokenizer)
+
     def alone(self, client: int) -> "Host":
         """The same process with one client of these as the only one: what a party could do by itself."""
         rows = self.parties.clients[client].train
@@ -85,16 +90,25 @@ class Host:
         """A client's training examples, tokenised on first use."""
         if client not in self._examples:
             rows = self.parties.clients[client].train
-            examples, counts = corpora.tokenize(rows, self.base.tokenizer, self.data)
+            examples, counts = self._tokenize(rows)
             if not examples:
                 raise DataError(f"client {client}: none of its {len(rows)} rows has a token to learn from ({counts})")
-            self._examples[client] = examples
+            self._examples[client] = corpora.ByLength(examples) if self.data.group_by_length else examples
         return self._examples[client]
 
     @cached_property
     def heldout(self) -> "list[corpora.Example]":
         """The rows that nobody trained on, tokenised."""
-        return corpora.tokenize(self.parties.heldout, self.base.tokenizer, self.data)[0]
+        return self._tokenize(self.parties.heldout)[0]
+
+    def _tokenize(self, rows: "list[corpora.Row]") -> "tuple[list[corpora.Example], corpora.Counts]":
+        longest = getattr(self.base.model.config, "max_position_embeddings", None)
+        if longest is not None and self.data.max_length > longest:
+            raise ConfigError(
+                f"data.max_length is {self.data.max_length}, but {self.base.config.path} has {longest} positions: "
+                f"give at most {longest}, or a model that reads more"
+            )
+        return corpora.tokenize(rows, self.base.tokenizer, self.data)
 
     def score(self, adapter: Tensors) -> dict[str, float]:
         """Held-out loss and token accuracy of an adapter on this base."""

@@ -8,8 +8,10 @@ from fedmpi.lazy import door
 
 if TYPE_CHECKING:
     from fedmpi.data.batching import Batch as Batch
+    from fedmpi.data.batching import ByLength as ByLength
     from fedmpi.data.batching import batches as batches
     from fedmpi.data.batching import collate as collate
+    from fedmpi.data.cache import tokenize as tokenize
     from fedmpi.data.clients import ClientData as ClientData
     from fedmpi.data.clients import Federated as Federated
     from fedmpi.data.clients import federate as federate
@@ -23,13 +25,13 @@ if TYPE_CHECKING:
     from fedmpi.data.prompts import Counts as Counts
     from fedmpi.data.prompts import Example as Example
     from fedmpi.data.prompts import encode_prompts as encode_prompts
+    from fedmpi.data.prompts import prompt_ids as prompt_ids
     from fedmpi.data.prompts import render as render
     from fedmpi.data.prompts import template_hash as template_hash
-    from fedmpi.data.prompts import tokenize as tokenize
     from fedmpi.data.splitters import follow as follow
     from fedmpi.data.splitters import split as split
 
-Splitter = Literal["auto", "iid", "meta", "dirichlet", "shards"]
+Splitter = Literal["auto", "iid", "meta", "dirichlet", "shards", "unequal_shards", "quantity", "root_verb", "given"]
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,20 @@ class Config:
             fed-gsm8k-3, fed-code-search-net, whose clients are fixed; json, csv or parquet for files of one's own
         path: a file, or a folder that is searched for the corpus's known names; plain, .gz, .bz2 or .xz; default the hub
         fields: names of the fields in the file, as instruction=q,input=c,response=a,category=lang
-        splitter: how rows are dealt; auto = the data set's own (builtin:toy and dolly meta, else iid)
-        alpha: dirichlet: small is uneven, large is even
-        min_rows: dirichlet: no client gets fewer rows
+            (with splitter given a file per client, as site/{client}.jsonl)
+        splitter: how rows are dealt: iid, meta (a category per client), dirichlet (label skew), shards and unequal_shards (few
+            categories per client), quantity (volume skew), root_verb (by the instruction's first verb), given (each client has
+            its own file), auto = the data set's own
+        alpha: dirichlet, quantity, unequal_shards: small is uneven, large is even
+        min_rows: dirichlet, quantity, unequal_shards: no client gets fewer rows
         balance: dirichlet: a client that has its even share gets no more (Shepherd's unequal volumes)
-        shards: shards: how many a client gets
+        shards: shards, unequal_shards: how many a client gets
         heldout_per_category: hold out so many rows of each category before the split (Shepherd: 10); 0 = the usual way
         num_rows: train on so many rows only, drawn with the seed (builtin:toy makes that many); default all
         max_length: tokens of prompt and response together
-        template: the text around an instruction: alpaca
+        template: the text around an instruction: alpaca, qa, chat (the model's own), or a file that ends in {response}
+        group_by_length: put examples of like length into a batch, for less padding; which ones meet is drawn anew in each epoch
+        cache: a folder for tokenised rows, shared by all ranks and runs; default none, as it holds the rows readably
     """
 
     name: str = "builtin:toy"
@@ -64,6 +71,8 @@ class Config:
     num_rows: int | None = None
     max_length: int = 512
     template: str = "alpaca"
+    group_by_length: bool = False
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no corpus could make sense of."""
@@ -83,7 +92,8 @@ __getattr__ = door(
         **dict.fromkeys(("Row", "Corpus", "load"), "corpora"),
         **dict.fromkeys(("ClientData", "Federated", "federate"), "clients"),
         **dict.fromkeys(("split", "follow"), "splitters"),
-        **dict.fromkeys(("TEMPLATES", "render", "template_hash", "encode_prompts", "tokenize", "Example", "Counts"), "prompts"),
-        **dict.fromkeys(("Batch", "batches", "collate"), "batching"),
+        **dict.fromkeys(("TEMPLATES", "render", "template_hash", "encode_prompts", "prompt_ids", "Example", "Counts"), "prompts"),
+        "tokenize": "cache",
+        **dict.fromkeys(("Batch", "ByLength", "batches", "collate"), "batching"),
     },
 )

@@ -11,6 +11,8 @@ from fedmpi.data.prompts import IGNORED, Example, num_supervised
 from fedmpi.errors import DataError
 from fedmpi.seeding import seed_for
 
+POOL = 50  # batches from whose examples groups of like length are made
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -24,6 +26,10 @@ class Batch:
     num_tokens: int  # without padding
 
 
+class ByLength(list[Example]):
+    """Examples that batches draw in groups of like length."""
+
+
 def batches(examples: Sequence[Example], batch_size: int, seed: int, pad_id: int) -> Iterator[Batch]:
     """An endless stream: each epoch is a permutation of its own drawn from the seed; its last short batch is kept."""
     if not examples:
@@ -33,9 +39,25 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int, pad_id: int
 
 def _stream(examples: Sequence[Example], batch_size: int, seed: int, pad_id: int) -> Iterator[Batch]:
     for epoch in count():
-        order = numpy.random.default_rng(seed_for(seed, "epoch", epoch)).permutation(len(examples)).tolist()
-        for start in range(0, len(order), batch_size):
-            yield collate([examples[i] for i in order[start : start + batch_size]], pad_id)
+        rng = numpy.random.default_rng(seed_for(seed, "epoch", epoch))
+        order = rng.permutation(len(examples)).tolist()
+        groups = _grouped(examples, order, batch_size, rng) if isinstance(examples, ByLength) else _cut(order, batch_size)
+        for group in groups:
+            yield collate([examples[i] for i in group], pad_id)
+
+
+def _grouped(examples: Sequence[Example], order: list[int], batch_size: int, rng: numpy.random.Generator) -> list[list[int]]:
+    """The permutation in pools, each sorted by length and cut into batches; then the batches in a random order.
+
+    Pools keep it random which examples meet; an epoch has as many batches as without groups.
+    """
+    pools = _cut(order, batch_size * POOL)
+    cut = [group for pool in pools for group in _cut(sorted(pool, key=lambda i: -len(examples[i].input_ids)), batch_size)]
+    return [cut[i] for i in rng.permutation(len(cut))]
+
+
+def _cut(order: list[int], size: int) -> list[list[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:

@@ -1,13 +1,14 @@
 """From a corpus to its clients: who trains on which rows, and is measured on which. It must never know ranks."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy
 
-from fedmpi.data import Config, corpora, prompts, splitters
+from fedmpi.data import Config, corpora, prompts, splitters, verbs
 from fedmpi.data.corpora import Corpus, Row
+from fedmpi.data.declared import FEDERATED
 from fedmpi.errors import ConfigError, DataError
 from fedmpi.seeding import seed_for
 
@@ -29,26 +30,78 @@ class Federated:
 
     clients: tuple[ClientData, ...]
     heldout: list[Row]
-    client_categories: tuple[dict[str, int], ...]  # training rows by category
+    client_categories: tuple[dict[str, int], ...]  # training rows by category, or by root verb where that is the splitter
     record: dict[str, object]
 
 
-def federate(config: Config, num_clients: int | None, seed: int) -> Federated:
-    """Load the corpus and deal it. None clients: as many as the data set fixes."""
+def federate(config: Config, num_clients: int | None, seed: int, only: Collection[int] | None = None) -> Federated:
+    """Load the corpus and deal it. None clients: as many as the data set fixes.
+
+    With splitter given, `only` says which clients' files are opened; the others stand in the result with no rows.
+    """
+    if config.splitter == "given":
+        return _given(config, num_clients, seed, only)
     corpus = _with_test(corpora.load(config, seed), config.heldout_per_category, seed)
-    splitter = corpus.declared.splitter if config.splitter == "auto" else config.splitter
+    splitter = _splitter(config, corpus)
     clients = _num_clients(num_clients, corpus, splitter)
-    dealt = _split(config, corpus, splitter, clients, seed)
-    shares = tuple(_categories(rows) for rows in dealt)
+    dealt, labels = _split(config, corpus, splitter, clients, seed)
+    shares = tuple(_counts(part) for part in labels)
     if corpus.test:
-        parts = splitters.follow(shares, [row.category for row in corpus.test], seed)
+        parts = splitters.follow(shares, _labels(corpus.test, splitter), seed, strangers=splitter == "root_verb")
         pairs = [(rows, [corpus.test[i] for i in part]) for rows, part in zip(dealt, parts, strict=True)]
     else:
         pairs = [_hold_out(rows, client, seed) for client, rows in enumerate(dealt)]
-        shares = tuple(_categories(train) for train, _ in pairs)
     data = tuple(ClientData(client, train, heldout) for client, (train, heldout) in enumerate(pairs))
     heldout = corpus.test or [row for client in data for row in client.heldout]
+    shares = tuple(_counts(_labels(client.train, splitter)) for client in data)
     return Federated(data, heldout, shares, _record(config, corpus, splitter, data, shares))
+
+
+def _given(config: Config, num_clients: int | None, seed: int, only: Collection[int] | None) -> Federated:
+    """Every client has a file of its own; only the wanted ones are opened, and nobody holds rows of another."""
+    if num_clients is None or num_clients < 1:
+        raise ConfigError(f"clients is {num_clients}: data.splitter given needs --clients N, as no rank sees all files")
+    if config.name in FEDERATED or config.heldout_per_category or config.num_rows:
+        raise ConfigError(
+            "data.splitter given takes each client's file as it is: leave out fed-..., data.heldout_per_category and data.num_rows"
+        )
+    if "{client}" not in (config.path or ""):
+        raise ConfigError(
+            f"data.path is {config.path}: data.splitter given needs a place for the client, as in site/{{client}}.jsonl"
+        )
+    wanted = range(num_clients) if only is None else sorted(only)
+    opened = {client: _site(config, client, seed) for client in wanted}
+    pairs = {client: (c.train, c.test) if c.test else _hold_out(c.train, client, seed) for client, c in opened.items()}
+    data = tuple(ClientData(client, *pairs.get(client, ([], []))) for client in range(num_clients))
+    shares = tuple(_counts([row.category for row in client.train]) for client in data)
+    heldout = [row for client in data for row in client.heldout]
+    facts: dict[str, object] = {f"client {client}": dict(c.files["train"]) for client, c in opened.items()}
+    whole = Corpus(config.name, [], [], corpora.declaration(config.name))
+    record = {**_record(config, whole, "given", data, shares), "files": facts, "opened": list(wanted)}
+    return Federated(data, heldout, shares, record)
+
+
+def _site(config: Config, client: int, seed: int) -> Corpus:
+    """One client's corpus; its rows are named after the client, as every file counts from 0."""
+    found = corpora.load(replace(config, path=(config.path or "").replace("{client}", str(client))), seed)
+    train, test = ([replace(row, id=f"{client}:{row.id}") for row in rows] for rows in (found.train, found.test))
+    return replace(found, train=train, test=test)
+
+
+def _splitter(config: Config, corpus: Corpus) -> str:
+    fixed = corpus.federated
+    if fixed and config.splitter not in ("auto", fixed.splitter):
+        raise ConfigError(
+            f"data.splitter is {config.splitter}, but {corpus.name} fixes {fixed.splitter}: give data.name {fixed.corpus}"
+        )
+    if fixed:
+        return fixed.splitter
+    return corpus.declared.splitter if config.splitter == "auto" else config.splitter
+
+
+def _labels(rows: Sequence[Row], splitter: str) -> list[str]:
+    """What a splitter deals by: the category, or the verb that an instruction begins with."""
+    return [verbs.root_verb(row.instruction) for row in rows] if splitter == "root_verb" else [row.category for row in rows]
 
 
 def _with_test(corpus: Corpus, per_category: int, seed: int) -> Corpus:
@@ -69,8 +122,13 @@ def _with_test(corpus: Corpus, per_category: int, seed: int) -> Corpus:
 
 
 def _num_clients(num_clients: int | None, corpus: Corpus, splitter: str) -> int:
+    fixed = corpus.federated
     if num_clients is not None and num_clients < 1:
         raise ConfigError(f"clients is {num_clients}: it must be at least 1")
+    if fixed:
+        if num_clients not in (None, fixed.clients):
+            raise ConfigError(f"clients is {num_clients}, but {corpus.name} fixes {fixed.clients}: give data.name {fixed.corpus}")
+        return fixed.clients
     if num_clients is not None:
         return num_clients
     if splitter == "meta":
@@ -80,19 +138,22 @@ def _num_clients(num_clients: int | None, corpus: Corpus, splitter: str) -> int:
     return corpus.declared.clients
 
 
-def _split(config: Config, corpus: Corpus, splitter: str, clients: int, seed: int) -> list[list[Row]]:
-    labels = [row.category for row in corpus.train]
-    if splitter != "iid" and not any(labels):
+def _split(config: Config, corpus: Corpus, splitter: str, clients: int, seed: int) -> tuple[list[list[Row]], list[list[str]]]:
+    """Each client's rows and their labels."""
+    labels = _labels(corpus.train, splitter)
+    if splitter not in ("iid", "quantity") and not any(labels):
         raise ConfigError(
             f"data.splitter {splitter} needs categories, {corpus.name} has none: use iid, or data.fields category=NAME"
         )
+    if corpus.federated and splitter == "meta" and (found := len(set(labels))) != clients:
+        raise DataError(f"{corpus.name} is {clients} categories, a client each, but the file has {found}: give the whole file")
     least = max(config.min_rows, 1 if corpus.test else 2)  # one to train on and one to hold out
     options = {"alpha": config.alpha, "min_rows": least, "balance": config.balance, "shards": config.shards}
     dealt = splitters.split(labels, clients, splitter, seed, **options)  # type: ignore[arg-type]
     for client, rows in enumerate(dealt):
         if not rows:
             raise DataError(f"client {client} of {clients} gets no rows from splitter {splitter}: use fewer clients")
-    return [[corpus.train[i] for i in rows] for rows in dealt]
+    return [[corpus.train[i] for i in rows] for rows in dealt], [[labels[i] for i in rows] for rows in dealt]
 
 
 def _hold_out(rows: list[Row], client: int, seed: int) -> tuple[list[Row], list[Row]]:
@@ -103,23 +164,45 @@ def _hold_out(rows: list[Row], client: int, seed: int) -> tuple[list[Row], list[
     return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
 
 
-def _categories(rows: Sequence[Row]) -> dict[str, int]:
-    return dict(sorted(Counter(row.category for row in rows).items()))
+def _counts(labels: Sequence[str]) -> dict[str, int]:
+    return dict(sorted(Counter(labels).items()))
 
 
 def _record(
     config: Config, corpus: Corpus, splitter: str, clients: Sequence[ClientData], shares: Sequence[dict[str, int]]
 ) -> dict[str, object]:
-    published = corpus.declared.rows
+    published, fixed = corpus.declared.rows, corpus.federated
     return {
         "name": corpus.name,
+        "corpus": fixed.corpus if fixed else corpus.name,
+        "licence": corpus.declared.licence,
         "files": {part: dict(found) for part, found in corpus.files.items()},
         "published_rows": list(published) if published else None,
         "splitter": splitter,
+        "splitter_options": _options(config, splitter),
         "template": config.template,
         "template_hash": prompts.template_hash(config.template),
-        "heldout": "test split" if corpus.test else f"{HELDOUT_SHARE:.0%} of each client's rows",
+        "heldout": _heldout(config, corpus, clients),
         "train_rows": [len(client.train) for client in clients],
         "heldout_rows": [len(client.heldout) for client in clients],
         "client_categories": [dict(share) for share in shares],
     }
+
+
+def _options(config: Config, splitter: str) -> dict[str, object]:
+    """The settings that this splitter reads."""
+    read = {
+        "dirichlet": ("alpha", "min_rows", "balance"),
+        "quantity": ("alpha", "min_rows"),
+        "shards": ("shards",),
+        "unequal_shards": ("shards", "alpha", "min_rows"),
+    }
+    return {name: getattr(config, name) for name in read.get(splitter, ())}
+
+
+def _heldout(config: Config, corpus: Corpus, clients: Sequence[ClientData]) -> str:
+    if not corpus.test:
+        return f"{HELDOUT_SHARE:.0%} of each client's rows"
+    without = sum(not client.heldout for client in clients)
+    said = f"{config.heldout_per_category} rows of each category" if config.heldout_per_category else "test split"
+    return f"{said}; {without} clients have none of it" if without else said

@@ -12,10 +12,9 @@ OTHER = "other"
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 SENTENCE_END = re.compile(r"[.!?:\n]\s|\n")
 POLITE = re.compile(
-    r"^(?:please|kindly|now|then|(?:can|could|would|will) you(?: please| kindly)?|you (?:need|have) to|i (?:want|need|would like) you to)"
-    r"\b[\s,]*"
+    r"^(?:please|kindly|now|then|(?:can|could|would|will) you|you (?:need|have) to|i (?:want|need|would like) you to)\b[\s,]*"
 )
-CLAUSES = frozenset({"given", "based", "according", "using", "considering", "imagine", "suppose", "assume", "if", "when", "while"})
+CLAUSES = frozenset({"given", "based", "according", "using", "considering", "imagine", "suppose", "assume", "if", "while"})
 PREPOSITIONS = frozenset({"in", "for", "from", "with", "by", "after", "before", "as", "to", "on", "at", "of", "without", "within"})
 PRONOUNS = frozenset({"i", "you", "he", "she", "it", "we", "they", "my", "your", "his", "her", "its", "our", "their"})
 ARTICLES = frozenset({"a", "an", "the", "this", "that", "these", "those"})
@@ -39,6 +38,6 @@ def root_verb(instruction: str) -> str:
 
 
 def _after_clause(sentence: str) -> list[str]:
-    """The words of the main clause, where a leading clause ends with a comma; `when` with no comma asks."""
+    """The words of the main clause, where a leading clause ends with a comma."""
     words: list[str] = WORD.findall(POLITE.sub("", sentence.partition(",")[2].strip()))
     return words
