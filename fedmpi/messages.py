@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
+from itertools import groupby
 
 import torch
 import xxhash
@@ -294,4 +295,10 @@ def unpack(buffer: torch.Tensor, manifest: Manifest) -> Tensors:
         raise ProtocolError(f"expected a flat uint8 buffer of {manifest.num_bytes} bytes, found {found}")
     if buffer.data_ptr() % 8 or buffer.storage_offset() % 8:
         raise ProtocolError("expected a buffer that begins on a multiple of 8 bytes")
-    return {s.name: buffer[place].view(_DTYPES[s.dtype]).view(s.shape) for s, place in manifest.places}
+    views: Tensors = {}
+    for dtype, run in groupby(manifest.places, key=lambda place: place[0].dtype):
+        specs, places = zip(*run, strict=True)
+        piece = buffer[places[0].start : places[-1].stop].view(_DTYPES[dtype])
+        parts = torch.split_with_sizes(piece, [math.prod(spec.shape) for spec in specs])  # one call for many tensors
+        views.update({spec.name: part.view(spec.shape) for spec, part in zip(specs, parts, strict=True)})
+    return views

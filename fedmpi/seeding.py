@@ -17,4 +17,6 @@ def seed_everything(seed: int) -> None:
 
     random.seed(seed)
     numpy.random.seed(seed & 0xFFFF_FFFF)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed also writes a stack trace for each absent accelerator: 0.5 ms
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)

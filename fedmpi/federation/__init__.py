@@ -2,6 +2,7 @@
 
 lockstep    Federation: rounds, broadcast, gather; the same calls in the same order on every rank
 conductor   the server's decisions: cohort, verdict, stop
+owned       state that clients own, provisional until it counts
 post        JSON and tensors as messages over a transport, each under an agreed manifest
 updates     what travels up: Update, Failure
 """

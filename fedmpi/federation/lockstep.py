@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 from fedmpi import training
 from fedmpi.errors import Aborted, FedmpiError, LinkError, ProtocolError, WorldError
 from fedmpi.federation.conductor import Conductor
+from fedmpi.federation.owned import Owned
 from fedmpi.federation.post import Post, content
 from fedmpi.federation.updates import Failure, Outcome, Party, Update, Vault
 from fedmpi.ledger import Ledger
 from fedmpi.messages import Kind
-from fedmpi.round import End, Placement, Round, Verdict
+from fedmpi.round import End, Placement, Round
 from fedmpi.seeding import seed_everything, seed_for
 from fedmpi.tensors import Tensors, num_bytes
 from fedmpi.transports.inbox import Message
@@ -39,11 +40,12 @@ class Federation:
     outcome: Outcome = field(default_factory=Outcome)
     ledger: Ledger = field(default_factory=Ledger)
     _now: Round | None = None
-    _owned: dict[int, Tensors] = field(default_factory=dict)
-    _provisional: dict[int, Tensors] = field(default_factory=dict)
     _meet_at: dict[int, str | None] = field(default_factory=dict)  # on the server: where each leader's members meet
     _store: training.Host | None = None  # of this seat's inner world, on its leader
     _inner: training.InnerWorld | None = None
+
+    def __post_init__(self) -> None:
+        self._owned = Owned(self.vault, self.leads)
 
     # ---- what an algorithm calls ----------------------------------------------------------------------------------------------
 
@@ -51,7 +53,7 @@ class Federation:
         """The rounds that the server announces. Reading a header settles the round before; the last header ends the loop."""
         while True:
             rnd = self._announce() if self.conductor is not None else self._follow()
-            self._settle(rnd)
+            self._owned.settle(rnd)
             self._now, self.outcome = rnd, Outcome()
             if rnd.end:
                 return
@@ -67,7 +69,7 @@ class Federation:
         if self.post is None or not self._hosted_in(rnd):
             return {}
         message = self.post.expect(SERVER, Kind.BROADCAST, rnd.index, f"waiting for the broadcast of round {rnd.index}")
-        received = {name: tensor.clone() for name, tensor in self.post.tensors(message).items()} if self.leads else None
+        received = self.post.keep(message) if self.leads else None
         message.release()
         if self._inner is not None:
             return self._inner.share(received)
@@ -154,9 +156,7 @@ class Federation:
             self.post.transport.limit_bytes = int(said["limit_bytes"])
             owned = {int(client): str(sha) for client, sha in said["owned"].items()}
             self._sit_down(said["meet_at"])
-        if self.vault is not None:
-            hosted = self.placement.hosted_by(self.rank)
-            self._owned = {client: self.vault.get(client, sha) for client, sha in owned.items() if client in hosted}
+        self._owned.resume(owned, self.placement.hosted_by(self.rank))
 
     def _sit_down(self, meet_at: str | None) -> None:
         """Inside a client of several ranks the world is the client: its members meet at their leader's store."""
@@ -202,12 +202,6 @@ class Federation:
             raise ProtocolError(f"rank {SERVER} sent {message.header.kind.name}, expected a round header")
         return Round.unpack(content(message), len(self.placement.leader_of))
 
-    def _settle(self, rnd: Round) -> None:
-        """State that a client made in a round is its own only once the server says that its update counted."""
-        if rnd.verdict is Verdict.COUNTED:
-            self._owned.update({c: state for c, state in self._provisional.items() if c in rnd.counted})
-        self._provisional = {}
-
     def _hosted_in(self, rnd: Round) -> list[int]:
         hosted = set(self.placement.hosted_by(self.rank))
         return [client for client in rnd.cohort if client in hosted]
@@ -218,7 +212,7 @@ class Federation:
         """The client's boundary: what goes wrong inside is a Failure of this client, in this round, and of nobody else."""
         seed_everything(seed_for(rnd.seed, "turn", client.id))
         try:
-            update = work(replace(client, owned=self._owned.get(client.id)))  # type: ignore[type-var]
+            update = work(replace(client, owned=self._owned.of(client.id)))  # type: ignore[type-var]
         except Aborted:
             raise
         except Exception as error:  # noqa: BLE001 - the one broad except of the program
@@ -227,11 +221,7 @@ class Federation:
             return Failure(client.id, type(error).__name__, " ".join(str(error).split())[:2000])
         if update.owned is None:
             return update
-        self._provisional[client.id] = update.owned
-        return replace(
-            update,
-            owned_sha256=self.vault.put(client.id, update.owned) if self.vault is not None and self.leads else "",
-        )
+        return replace(update, owned=None, owned_sha256=self._owned.offer(client.id, update.owned))
 
     def _hand_in(self, rnd: Round, outcome: Update | Failure, post: Post) -> None:
         if isinstance(outcome, Failure):

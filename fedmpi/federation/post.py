@@ -68,6 +68,12 @@ class Post:
         self._send(peers, header, body.numpy().data)
         return decoded
 
+    def keep(self, message: Message) -> Tensors:
+        """The tensors of a message in memory of their own."""
+        if message.payload is not None:
+            message.payload = message.payload.clone()
+        return self.tensors(message)
+
     def tensors(self, message: Message) -> Tensors:
         """The tensors of a message, as views of its buffer: they live until the message is released."""
         header = message.header

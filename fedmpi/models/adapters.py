@@ -67,8 +67,15 @@ def find_targets(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
 
 
 def trainable(model: torch.nn.Module) -> Tensors:
-    """Copies of what is trained, by parameter name in order: CPU, fp32, contiguous."""
-    return {name: p.detach().to("cpu", torch.float32, copy=True).contiguous() for name, p in sorted(_trained(model).items())}
+    """Copies of what is trained, by parameter name in order: CPU, fp32, contiguous, side by side in memory, ready to be sent."""
+    parameters = dict(sorted(_trained(model).items()))
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    parts = torch.split_with_sizes(torch.empty(sum(sizes)), sizes)
+    copies = {name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            copies[name].copy_(parameter)
+    return copies
 
 
 @torch.no_grad()
