@@ -211,8 +211,12 @@ def _value(record: Record, role: str, names: tuple[str, ...], required: bool) ->
     if isinstance(value, dict | list):
         raise DataError(f"{record.place} has a {type(value).__name__} as its {role}: expected text")
     text = "" if value is None else str(value)
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise DataError(f"{record.place} has half a surrogate pair in its {role}: it is not Unicode text; mend it or take it out")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{record.place} has half a surrogate pair in its {role}: it is not Unicode text; mend it or take it out"
+        ) from None
     return text
 
 

@@ -16,6 +16,7 @@ CASES = {
         *("system", "clients", "mib", "rounds", "sec_per_round_median", "startup_s", "server_peak_rss_mb", "ratio_to_floor"),
     ),
     "exchange.py --clients 2 --rounds 2 --mib 0.5 --launcher in_process": ("sec_per_round_median", "ratio_to_floor"),
+    "data.py --rows 3000 --clients 10 --repeat 1": ("s", "cpu_s", "peak_rss_mb", "rows"),
     "latency.py --ranks 3 --rounds 4 --launcher in_process": ("ms_per_round", "ms_per_round_with_checkpoint"),
     "simulate.py --clients 3 --per_round 2 --rounds 3 --steps 1 --layers 1 --hidden 32": (
         *("added_ms_per_turn", "added_ms_per_round", "bare_ms_per_turn"),
