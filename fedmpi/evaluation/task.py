@@ -4,12 +4,15 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy
 
+from fedmpi.data import files
 from fedmpi.data.corpora import Row
-from fedmpi.errors import ConfigError
+from fedmpi.data.records import Record as FileRecord
+from fedmpi.errors import ConfigError, DataError
 from fedmpi.evaluation.decoding import Decoding, Speaker
 from fedmpi.seeding import seed_for
 
@@ -83,6 +86,16 @@ class Heldout:
 def prompt_hash(prompts: Sequence[str]) -> str:
     """Names the exact prompts of a result."""
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
+
+
+def open_records(task: str, given: str | None, names: Sequence[str]) -> list[FileRecord]:
+    """The records of the file that a user gives, or of the first known name in the folder."""
+    path = Path(given or "").expanduser()
+    found = [] if given is None else [path] if path.is_file() else files.find(path, names)
+    if not found:
+        where = "none was given" if given is None else f"{given} has none of these"
+        raise DataError(f"--task {task} needs --data: {' or '.join(names)}, plain or compressed, or its folder ({where})")
+    return files.read(found[0])[0]
 
 
 def draw(num: int, wanted: int | None, seed: int, what: str) -> list[int]:

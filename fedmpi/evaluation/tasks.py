@@ -6,7 +6,7 @@ from typing import Any
 
 from fedmpi import data
 from fedmpi.errors import ConfigError, DataError
-from fedmpi.evaluation import gsm8k
+from fedmpi.evaluation import code, gsm8k
 from fedmpi.evaluation.decoding import Decoding
 from fedmpi.evaluation.heldout import ExactMatch, Perplexity
 from fedmpi.evaluation.task import Heldout, Options, Task, draw
@@ -75,7 +75,15 @@ def _gsm8k(subject: Subject, rest: str) -> Task:
     return gsm8k.build(chosen, options.shots, options.form, subject.data.template, options.decoding(gsm8k.DECODING))
 
 
-def _template(subject: Subject) -> dict[str, str]:
+def _humaneval(subject: Subject, rest: str) -> Task:
+    return code.build(subject.options, "python", plain=True)
+
+
+def _humaneval_x(subject: Subject, rest: str) -> Task:
+    return code.build(subject.options, rest, plain=False)
+
+
+def _template(subject: Subject) -> dict[str, str | None]:
     name = subject.data.template
     return {"template": name, "template_hash": data.template_hash(name)}
 
@@ -84,4 +92,6 @@ TASKS: Mapping[str, Callable[[Subject, str], Task]] = {
     "perplexity": _perplexity,
     "exact_match": _exact_match,
     "gsm8k": _gsm8k,
+    "humaneval": _humaneval,
+    "humaneval-x": _humaneval_x,
 }

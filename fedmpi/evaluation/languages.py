@@ -1,0 +1,184 @@
+"""Programming languages of the code tasks: how an answer is cleaned, made a program, and run. It must never know a model."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedmpi.errors import ConfigError
+from fedmpi.evaluation.decoding import cut_at
+from fedmpi.evaluation.sandbox import INTERPRETER, Step
+
+NBSP = "\u00a0"
+FENCE = "```"
+COMPILE_S, RUN_S = 60.0, 10.0
+JVM = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:ReservedCodeCacheSize=64m")
+GO_PATH = "/usr/share/gocode"
+TESTIFY = f"{GO_PATH}/src/github.com/stretchr/testify/assert"
+GO_PACKAGES = (
+    *("bytes", "container/heap", "crypto/md5", "encoding/hex", "errors", "fmt", "math", "math/big", "math/bits", "math/cmplx"),
+    *("math/rand", "regexp", "sort", "strconv", "strings", "time", "unicode", "unicode/utf8"),
+)
+FOREIGN = re.compile(r"#include\s*<((?:boost|openssl)/[^>]+)>")
+CPP_HEADERS = (
+    "algorithm",
+    "climits",
+    "cmath",
+    "cstdio",
+    "cstdlib",
+    "cstring",
+    "iostream",
+    "map",
+    "numeric",
+    "set",
+    "string",
+    "vector",
+)
+
+
+@dataclass(frozen=True)
+class Language:
+    """One language. `program` makes files of a problem and a cleaned answer; `done` says how its end is recognised."""
+
+    stops: tuple[str, ...]
+    tools: tuple[str, ...]
+    package: str  # where Debian has the tools
+    clean: Callable[[str], str]
+    program: Callable[[Mapping[str, str], str, str], Mapping[str, str]]  # problem, answer, secret -> files
+    steps: Callable[[Mapping[str, str]], list[Step]]  # files -> steps
+    tells_secret: bool = False  # the program prints the secret when all its tests have passed
+
+
+def python_clean(text: str) -> str:
+    """The first line belongs to the function's body, however far the model indented it."""
+    body = text.lstrip("\n")
+    first, newline, rest = body.partition("\n")
+    return "    " + first.strip() + newline + rest if first.strip() and not first.startswith((" " * 4, "\t")) else body
+
+
+def close_after(depth: int) -> Callable[[str], str]:
+    """A cleaner that ends where so many open braces are closed; braces in strings and comments do not count."""
+
+    def clean(text: str) -> str:
+        left = depth
+        for place in re.finditer(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\'|//[^\n]*|/\*.*?\*/|[{}]', text, re.DOTALL):
+            left += {"{": 1, "}": -1}.get(place[0], 0)
+            if left == 0:
+                return text[: place.end()] + "\n"
+        return text + "\n}" * left if depth == 2 and left == 1 else text  # a class may be left open after its method
+
+    return clean
+
+
+def to_last_brace(text: str) -> str:
+    """Whatever follows the last closed block is no code."""
+    return text[: text.rfind("}") + 1] + "\n" if "}" in text else text
+
+
+def _python(problem: Mapping[str, str], answer: str, secret: str) -> Mapping[str, str]:
+    check = f"\ncheck({problem['entry_point']})\n" if "entry_point" in problem else "\n"
+    return {"program.py": f"{problem['prompt']}{answer}\n{problem['test']}{check}\nprint({secret!r})\n"}
+
+
+def _cpp(problem: Mapping[str, str], answer: str, secret: str) -> Mapping[str, str]:
+    headers = "".join(f"#include <{name}>\n" for name in CPP_HEADERS)
+    return {"program.cpp": f"{headers}{problem['prompt']}{answer}\n{problem['test']}\n"}
+
+
+def _java(problem: Mapping[str, str], answer: str, secret: str) -> Mapping[str, str]:
+    return {"Main.java": f"{problem['prompt']}{answer}\n{problem['test']}\n"}
+
+
+def _go(problem: Mapping[str, str], answer: str, secret: str) -> Mapping[str, str]:
+    """The test's own imports, and of the standard library what is used and no more: Go refuses the rest."""
+    body = f"{problem['prompt'].replace(problem['import'], '', 1)}{answer}\n"
+    setup, test = problem["test_setup"], problem["test"]
+    used = [name for name in GO_PACKAGES if re.search(rf"\b{name.rpartition('/')[2]}\.[A-Z]", body + test)]
+    imports = "".join(f'import "{name}"\n' for name in used if f'"{name}"' not in setup)
+    return {"main_test.go": f"{setup}\n{imports}\n{body}\n{test}\n"}
+
+
+def _compile_cpp(files: Mapping[str, str]) -> list[Step]:
+    libraries = ["-lcrypto"] if "openssl/" in files["program.cpp"] else []
+    build = ["g++", "-std=c++17", "-w", "program.cpp", "-o", "program", *libraries]
+    return [Step(build, COMPILE_S), Step(["./program"], RUN_S)]
+
+
+LANGUAGES: Mapping[str, Language] = {
+    "python": Language(
+        stops=("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\nassert", FENCE),
+        tools=(),
+        package="",
+        clean=python_clean,
+        program=_python,
+        steps=lambda files: [Step([INTERPRETER, "-I", "program.py"], RUN_S)],
+        tells_secret=True,
+    ),
+    "cpp": Language(
+        stops=("\nint main(", FENCE),
+        tools=("g++",),
+        package="g++ libboost-dev libssl-dev",
+        clean=close_after(1),
+        program=_cpp,
+        steps=_compile_cpp,
+    ),
+    "java": Language(
+        stops=("\npublic class ", "\nclass Main", FENCE),
+        tools=("javac", "java"),
+        package="default-jdk-headless",
+        clean=close_after(2),
+        program=_java,
+        steps=lambda files: [
+            Step(["javac", *(f"-J{option}" for option in JVM), "Main.java"], COMPILE_S, 0),
+            Step(["java", *JVM, "-ea", "-cp", ".", "Main"], RUN_S, 0),
+        ],
+    ),
+    "go": Language(
+        stops=("\nfunc main(", "\npackage ", FENCE),
+        tools=("go",),
+        package="golang-go golang-github-stretchr-testify-dev",
+        clean=to_last_brace,
+        program=_go,
+        steps=lambda files: [
+            Step(
+                ["go", "test", "-vet=off", "main_test.go"],
+                COMPILE_S,
+                0,
+                {"GOPATH": GO_PATH, "GO111MODULE": "off", "GOCACHE": "/tmp/cache", "GOFLAGS": "", "CGO_ENABLED": "0"},
+            )
+        ],
+    ),
+}
+
+
+def cleaned(language: Language, text: str) -> str:
+    """The code of an answer: no typographic spaces, nothing beyond the function."""
+    return language.clean(cut_at(text.replace(NBSP, " "), language.stops))
+
+
+def missing_tools(name: str, problems: list[Mapping[str, Any]]) -> list[str]:
+    """Compilers and headers that these problems need and this machine lacks."""
+    tools = [tool for tool in LANGUAGES[name].tools if not shutil.which(tool)]
+    if name == "cpp" and not tools:
+        wanted = {
+            header for problem in problems for header in re.findall(r"#include\s*<((?:boost|openssl)/[^>]+)>", problem["prompt"])
+        }
+        tools += [header for header in sorted(wanted) if not _has_header(header)]
+    if name == "go" and not tools and not os.path.isdir(TESTIFY):
+        tools.append("github.com/stretchr/testify")
+    return tools
+
+
+def _has_header(header: str) -> bool:
+    ask = ["g++", "-fsyntax-only", "-x", "c++", "-include", header, "/dev/null"]
+    return subprocess.run(ask, capture_output=True, check=False).returncode == 0
+
+
+def language(name: str) -> Language:
+    """A language by its name."""
+    if name not in LANGUAGES:
+        raise ConfigError(f"--task humaneval-x:{name}: there are {', '.join(f'humaneval-x:{known}' for known in LANGUAGES)}")
+    return LANGUAGES[name]
