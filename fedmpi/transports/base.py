@@ -17,7 +17,7 @@ import torch
 from fedmpi.errors import Aborted, LinkError, PeerLost, PeerSilent
 from fedmpi.messages import CHUNK_BYTES, Header, Kind
 from fedmpi.transports.inbox import Inbox, Message
-from fedmpi.transports.link import Link, Outgoing, Traffic, Wire
+from fedmpi.transports.link import Link, Outgoing, Traffic, Wire, is_small
 
 GRACE_S = 3.0  # how long the others are given to take note of an abort
 
@@ -69,10 +69,13 @@ class Transport:
     def send_all(self, peers: Collection[int], header: Header, payload: memoryview | None = None) -> dict[int, LinkError]:
         """Send one message to several peers at once; a slow or lost one holds up nobody. Gives failures by peer."""
         message = Outgoing(header, payload, self._chunk_bytes)
-        sending = {peer: self._senders.submit(self._deliver, peer, message) for peer in peers}
-        failed = {peer: future.exception() for peer, future in sending.items()}
+        if is_small(message.header):  # it fits into any peer's buffers: handing it to other threads would cost more than it
+            failed = {peer: error for peer in peers if (error := self._try(peer, message)) is not None}
+        else:
+            sending = {peer: self._senders.submit(self._try, peer, message) for peer in peers}
+            failed = {peer: error for peer, future in sending.items() if (error := future.result()) is not None}
         self.check(header.kind.name)
-        return {peer: _expected(error) for peer, error in failed.items() if error is not None}
+        return failed
 
     def receive(self, peers: Collection[int] | None = None, phase: str = "receive") -> Message:
         """The next message, in arrival order, of any of these peers (default: all). Waits while all of them live."""
@@ -188,6 +191,13 @@ class Transport:
 
     # inside
 
+    def _try(self, peer: int, message: Outgoing) -> LinkError | None:
+        try:
+            self._deliver(peer, message)
+        except LinkError as error:
+            return error
+        return None
+
     def _deliver(self, peer: int, message: Outgoing) -> None:
         phase = message.header.kind.name
         self.check(phase)
@@ -255,10 +265,3 @@ class Transport:
             after = f" after {link.coming}" if link.coming else ""
             what = f"rank {link.peer} gave no sign of life for {self.timeout_s:g} s{after}"
             self.lost(link, PeerSilent(f"{what}; it hangs, is stopped or cut off (--timeout_s sets how long to wait)"))
-
-
-def _expected(error: BaseException) -> LinkError:
-    """A failure of a link as a value; anything else is a fault of this program."""
-    if not isinstance(error, LinkError):
-        raise error
-    return error
