@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fedmpi.evaluation.task import Task
 
 DONE, FAILED, IMPOSSIBLE = 0, 1, 2
+TASKS = "perplexity, exact_match, gsm8k, humaneval, humaneval-x:LANGUAGE, helm, helm-mini, helm-qa (and helm:SUBTASK)"
 CHUNK = 4  # batches between two times that records are written
 
 
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fedmpi.evaluate", description=__doc__, formatter_class=about)
     add = parser.add_argument
     add("target", help="the folder of a run, a model folder, a hub id, or builtin:tiny")
-    add("--task", required=True, help="perplexity, exact_match, gsm8k, humaneval, humaneval-x:LANGUAGE")
+    add("--task", required=True, help=TASKS)
     add("--data", help="the task's file or folder")
     add("--rows", type=int, help="so many rows at most, drawn with the seed")
     add("--shots", help="gsm8k: a file of worked examples, Q: and A:")

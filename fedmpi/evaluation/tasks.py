@@ -6,7 +6,7 @@ from typing import Any
 
 from fedmpi import data
 from fedmpi.errors import ConfigError, DataError
-from fedmpi.evaluation import code, gsm8k
+from fedmpi.evaluation import code, gsm8k, helm
 from fedmpi.evaluation.decoding import Decoding
 from fedmpi.evaluation.heldout import ExactMatch, Perplexity
 from fedmpi.evaluation.task import Heldout, Options, Task, draw
@@ -83,6 +83,10 @@ def _humaneval_x(subject: Subject, rest: str) -> Task:
     return code.build(subject.options, rest, plain=False)
 
 
+def _helm(suite: str) -> Callable[[Subject, str], Task]:
+    return lambda subject, rest: helm.build(subject.options, suite, rest)
+
+
 def _template(subject: Subject) -> dict[str, str | None]:
     name = subject.data.template
     return {"template": name, "template_hash": data.template_hash(name)}
@@ -94,4 +98,5 @@ TASKS: Mapping[str, Callable[[Subject, str], Task]] = {
     "gsm8k": _gsm8k,
     "humaneval": _humaneval,
     "humaneval-x": _humaneval_x,
+    **{suite: _helm(suite) for suite in helm.SUITES},
 }
