@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 import torch
 
-from fedmpi.data.batching import batches, collate
+from fedmpi.data.batching import ByLength, batches, collate
 from fedmpi.data.prompts import IGNORED, Example
 from fedmpi.errors import DataError
 
@@ -45,6 +45,31 @@ def test_order_depends_on_the_seed_alone():
     torch.manual_seed(99)
     assert [batch.ids for batch in islice(batches(data, 4, 7, PAD), 9)] == first
     assert [batch.ids for batch in islice(batches(data, 4, 8, PAD), 9)] != first
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_groups_of_like_length_are_a_permutation_with_less_padding(size):
+    data = examples(300)
+    plain, grouped = batches(data, size, 0, PAD), batches(ByLength(data), size, 0, PAD)
+    per_epoch = -(-300 // size)
+    padding = []
+    for stream in (plain, grouped):
+        epoch = list(islice(stream, per_epoch))
+        assert sorted(name for batch in epoch for name in batch.ids) == sorted(example.id for example in data)
+        assert sorted(len(batch.ids) for batch in epoch)[1:] == [size] * (per_epoch - 1)
+        padding.append(sum(batch.input_ids.numel() - batch.num_tokens for batch in epoch))
+    assert padding[1] < padding[0] / 3 or size == 1
+    second = list(islice(grouped, per_epoch))
+    assert [batch.ids for batch in second] != [batch.ids for batch in epoch]
+    lengths = [batch.input_ids.shape[1] for batch in second]
+    assert lengths != sorted(lengths) and lengths != sorted(lengths, reverse=True)
+
+
+def test_groups_depend_on_the_seed_alone():
+    data = ByLength(examples(50))
+    first = [batch.ids for batch in islice(batches(data, 4, 7, PAD), 20)]
+    assert [batch.ids for batch in islice(batches(data, 4, 7, PAD), 20)] == first
+    assert [batch.ids for batch in islice(batches(data, 4, 8, PAD), 20)] != first
 
 
 def test_no_examples_is_said_at_once():

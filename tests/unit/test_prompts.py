@@ -1,10 +1,12 @@
 """Prompts and tokens: the template's text, an exact boundary, the cutting rules; on a tokenizer that counts words."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedmpi import data
 from fedmpi.data.prompts import IGNORED, encode_prompts, render, template_hash, tokenize
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, DataError
 
 BOS, EOS = 1, 2
 
@@ -54,8 +56,115 @@ def test_braces_in_a_row_are_text():
 
 def test_template_hash_names_the_text():
     assert len(template_hash("alpaca")) == 16
-    with pytest.raises(ConfigError, match="allowed are alpaca"):
+    assert template_hash("alpaca") != template_hash("qa")
+    with pytest.raises(ConfigError, match="allowed are alpaca, qa, chat, or a file"):
         template_hash("nope")
+
+
+def test_qa_keeps_the_blank_with_the_response():
+    assert render("Who?", "", "qa") == "Q: Who?\nA:"
+    assert render("Who?", "Bach wrote it.", "qa") == "Bach wrote it.\n\nQ: Who?\nA:"
+    heard = []
+
+    class Listening(Words):
+        def __call__(self, texts, **options):
+            heard.extend(texts)
+            return super().__call__(texts, **options)
+
+    tokenize([row("Who?", "Bach")], Listening(), data.Config(template="qa"))
+    assert heard == ["Q: Who?\nA:", " Bach"]
+
+
+def own(tmp_path, text):
+    path = tmp_path / f"{abs(hash(text))}.txt"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_file_is_a_template(tmp_path):
+    one = own(tmp_path, "<<{instruction}|{input}>> {x} {response}\n")
+    assert render("a {input}", "b", one) == "<<a {input}|b>> {x}"
+    assert render("a", None, one) == "<<a|>> {x}"
+    two = own(tmp_path, "with {input}: {instruction}\n{response}\n---\nplain {instruction}\n{response}\n")
+    assert (render("a", "b", two), render("a", "", two)) == ("with b: a\n", "plain a\n")
+    assert template_hash(one) != template_hash(two)
+    [example], _ = tokenize([row()], Words(), data.Config(template=one))
+    assert example.labels[-1] == EOS
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{instruction}\n", "has no place {response}"),
+        ("{input} {response}", "has no place {instruction} before {response}"),
+        ("{response} {instruction}", "goes on after {response} with '{instruction}'"),
+        ("{instruction} {response}</s>", "goes on after {response} with '</s>'"),
+        ("{instruction}{response}\n---\n{instruction} {response}", "one form has a blank and the other none"),
+        ("{instruction}{response}\n---\n" * 3, "has 4 forms"),
+        ("", "has no place {response}"),
+    ],
+)
+def test_a_template_that_cannot_be(tmp_path, text, words):
+    name = own(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        render("a", "b", name)
+    assert name in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_input_without_a_place_is_refused_and_not_lost(tmp_path):
+    name = own(tmp_path, "{instruction}{response}")
+    assert render("a", "", name) == "a"
+    with pytest.raises(DataError, match="has no place {input}, but a row has an input: 'b'"):
+        render("a", "b", name)
+
+
+def test_a_template_is_refused_before_a_model_is_loaded(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "response": "b"}\n' * 8)
+    config = data.Config(name="json", path=str(rows), template=own(tmp_path, "{instruction}"))
+    with pytest.raises(ConfigError, match="no place {response}"):
+        data.federate(config, 2, 0)
+
+
+class Chatty(Words):
+    """A tokenizer with a template that writes its own BOS."""
+
+    chat_template = "{{ a template }}"
+
+    def apply_chat_template(self, said, tokenize, add_generation_prompt):
+        assert tokenize is False and add_generation_prompt is True and [turn["role"] for turn in said] == ["user"]
+        return f"<s> user {said[0]['content']} assistant"
+
+
+def test_chat_is_the_tokenizers_own_template_without_a_second_bos():
+    tokenizer = Chatty()
+    [example], _ = tokenize([row("say", "yes", input="it")], tokenizer, data.Config(template="chat"))
+    named = {index: word for word, index in tokenizer.seen.items()}
+    assert [named.get(i, i) for i in example.input_ids] == ["<s>", "user", "say", "it", "assistant", "yes", EOS]
+    assert example.labels == [IGNORED] * 5 + example.input_ids[5:]
+    assert template_hash("chat") is None and template_hash("chat", tokenizer) is not None
+    with pytest.raises(ConfigError, match="has no chat template: give alpaca, qa or a file"):
+        tokenize([row()], type("Plain", (Words,), {"chat_template": None})(), data.Config(template="chat"))
+    with pytest.raises(ConfigError, match="none is at hand"):
+        render("a", "b", "chat")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    prompt=st.integers(0, 90),
+    response=st.integers(0, 90),
+    max_length=st.integers(32, 120),
+)
+def test_whatever_the_lengths_the_cut_keeps_its_promises(prompt, response, max_length):
+    tokenizer = Words()
+    config = data.Config(max_length=max_length, template="qa")
+    [example], counts = tokenize([row(words(prompt), words(response, "r"))], tokenizer, config)
+    supervised = [label for label in example.labels if label != IGNORED]
+    whole = len(encode_prompts([render(words(prompt), "", "qa")], tokenizer)[0]) + response + 1
+    assert len(example.input_ids) == len(example.labels) == min(whole, max_length) == counts.tokens
+    assert example.input_ids[len(example.labels) - len(supervised) :] == supervised
+    assert len(supervised) >= min(response + 1, max_length - 16) and counts.cut == (whole > max_length)
+    assert counts.cut_responses == (len(supervised) <= response)
 
 
 def test_prompt_is_masked_and_response_ends_in_eos():
