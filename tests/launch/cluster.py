@@ -1,7 +1,8 @@
 """A real Slurm of several virtual nodes for the tests: own munged, slurmctld and slurmds, own configuration and state.
 
 Every daemon runs in the foreground as a child of the test process, so that it is stopped by the process id we hold, and
-asks the kernel to be stopped when the test process dies. Nothing below /etc is read or written.
+asks the kernel to be stopped when the test process is killed (slurmctld, which changes its credentials, does not hear
+of that). Nothing below /etc is read or written.
 
 With root, each slurmd lives in a network and host-name namespace of its own: nodes have addresses, names and a /dev/shm
 as separate machines have. Without, all of them listen on the loopback address and `separate_hosts` is False.

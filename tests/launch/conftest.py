@@ -1,5 +1,6 @@
 """Fixtures of the launch tests: one Slurm cluster, and one undisturbed run in one process, for the whole session."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,13 @@ def slurm() -> Iterator[Cluster]:
     missing = missing_programs()
     if missing:
         pytest.skip(f"no Slurm here: {', '.join(missing)} not found (Debian: munge slurmctld slurmd slurm-client)")
-    with running_cluster() as cluster:
-        yield cluster
+    # pytest leaves no fixture when it is terminated; interrupted it does, and the daemons and namespaces go
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with running_cluster() as cluster:
+            yield cluster
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")
