@@ -119,8 +119,8 @@ class Helm:
             if len(scores) < len(found):
                 left_out[name] = f"{len(found) - len(scores)} of {len(found)} inputs do not fit the model's context"
             else:
-                shares = set(scores) <= {0.0, 1.0}
-                interval = wilson(int(sum(scores)), len(scores)) if shares else bootstrap(scores)
+                right_or_wrong = self.metric(name) in ("accuracy", "exact_match", "quasi_exact_match")
+                interval = wilson(int(sum(scores)), len(scores)) if right_or_wrong else bootstrap(scores)
                 mean = sum(scores) / len(scores)
                 subtasks[name] = {"score": mean, "metric": self.metric(name), "num": len(scores), "interval": interval}
         if not subtasks:

@@ -5,6 +5,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -42,7 +43,7 @@ def rouge2(gold: str, said: str) -> float:
 
 def _pairs(text: str) -> Counter[tuple[str, str]]:
     words = re.findall(r"[a-z0-9]+", text.lower())
-    return Counter(zip(words, words[1:], strict=False))
+    return Counter(pairwise(words))
 
 
 def reciprocal_rank(relevant: Sequence[float], cut: int = CUT) -> float:

@@ -9,6 +9,7 @@ from fedmpi.errors import ConfigError, DataError
 from fedmpi.evaluation import code, gsm8k, helm
 from fedmpi.evaluation.decoding import Decoding
 from fedmpi.evaluation.heldout import ExactMatch, Perplexity
+from fedmpi.evaluation.helm_table import SUITES
 from fedmpi.evaluation.task import Heldout, Options, Task, draw
 
 
@@ -98,5 +99,5 @@ TASKS: Mapping[str, Callable[[Subject, str], Task]] = {
     "gsm8k": _gsm8k,
     "humaneval": _humaneval,
     "humaneval-x": _humaneval_x,
-    **{suite: _helm(suite) for suite in helm.SUITES},
+    **{suite: _helm(suite) for suite in SUITES},
 }
