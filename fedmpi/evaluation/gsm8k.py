@@ -42,6 +42,7 @@ class Gsm8k:
     form: str  # bare: Q and A; training: the template that the model was trained with
     template: str
     decoding: Decoding
+    tokenizer: Any = None  # for the template `chat`
     name: str = "gsm8k"
 
     @property
@@ -52,7 +53,9 @@ class Gsm8k:
     def facts(self) -> Mapping[str, Any]:
         """The hash is of prompts with all shots; how many of these fitted is in each record."""
         prompts = [self.prompt(row, len(self.shots)) for row in self.rows]
-        form = {"form": self.form} | ({"template_hash": template_hash(self.template)} if self.form == TRAINING else {})
+        form = {"form": self.form} | (
+            {"template_hash": template_hash(self.template, self.tokenizer)} if self.form == TRAINING else {}
+        )
         return {"prompt_hash": prompt_hash(prompts), "shots": len(self.shots), "decoding": self.decoding.facts(), **form}
 
     def prompt(self, row: Row, num_shots: int) -> str:
@@ -61,7 +64,7 @@ class Gsm8k:
         return "\n\n".join([*parts, self._ask(row.instruction)])
 
     def _ask(self, question: str) -> str:
-        return f"Q: {question}\nA:" if self.form == BARE else render(question, "", self.template)
+        return f"Q: {question}\nA:" if self.form == BARE else render(question, "", self.template, self.tokenizer)
 
     def _reply(self, answer: str) -> str:
         return f" {answer}" if self.form == BARE else answer
@@ -144,7 +147,9 @@ def read_shots(path: str) -> list[Shot]:
     return shots
 
 
-def build(rows: Sequence[Row], shots: str | None, form: str | None, template: str, decoding: Decoding) -> Gsm8k:
+def build(
+    rows: Sequence[Row], shots: str | None, form: str | None, template: str, decoding: Decoding, tokenizer: Any = None
+) -> Gsm8k:
     """The task as asked for; with shots the form of the literature, without them the form of training."""
     form = form or (BARE if shots else TRAINING)
     if form not in STOPS:
@@ -152,4 +157,4 @@ def build(rows: Sequence[Row], shots: str | None, form: str | None, template: st
     asked = Decoding(**{**decoding.facts(), "stop": STOPS[form]})
     for row in rows:
         gold(row.output, row.id)
-    return Gsm8k(rows, read_shots(shots) if shots else [], form, template, asked)
+    return Gsm8k(rows, read_shots(shots) if shots else [], form, template, asked, tokenizer)

@@ -77,6 +77,7 @@ class ExactMatch:
     template: str
     decoding: Decoding
     about: Mapping[str, Any]
+    tokenizer: Any = None  # for the template `chat`
     name: str = "exact_match"
 
     @property
@@ -113,7 +114,7 @@ class ExactMatch:
 
     def _prompt(self, index: int) -> str:
         row = self.heldout.rows[index]
-        return render(row.instruction, row.input, self.template)
+        return render(row.instruction, row.input, self.template, self.tokenizer)
 
 
 def shares(records: Sequence[Record]) -> dict[str, Any]:

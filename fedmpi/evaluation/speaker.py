@@ -48,17 +48,17 @@ class ModelSpeaker:
 
     def lengths(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt."""
-        return [len(ids) for ids in encode_prompts(prompts, self.tokenizer)]
+        return [len(ids) for ids in self._ids(prompts)]
 
     def encode(self, prompt: str, continuation: str, name: str) -> Example:
         """An example in which the continuation alone is supervised; the two are encoded apart, as in training."""
-        ids = encode_prompts([prompt], self.tokenizer)[0]
+        ids = self._ids([prompt])[0]
         more = self.tokenizer([continuation], add_special_tokens=False)["input_ids"][0]
         return Example(ids + more, [IGNORED] * len(ids) + more, name)
 
     def say(self, prompts: Sequence[str], decoding: Decoding, keys: Sequence[str], limits: Sequence[int] = ()) -> list[str]:
         """An answer to each prompt, up to its end token, a stop string or its limit. Prompts of like length share a batch."""
-        encoded = [self._fitted(ids, decoding) for ids in encode_prompts(prompts, self.tokenizer)]
+        encoded = [self._fitted(ids, decoding) for ids in self._ids(prompts)]
         tops = [min(decoding.max_new_tokens, limit) for limit in limits] or [decoding.max_new_tokens] * len(encoded)
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         answers = [""] * len(encoded)
@@ -86,6 +86,11 @@ class ModelSpeaker:
             parts = zip(chosen, torch.split(losses, counts), torch.split(hits, counts), strict=True)
             found |= {index: Measure(float(loss.sum()), len(loss), int(hit.sum())) for index, loss, hit in parts}
         return [found[index] for index in range(len(examples))]
+
+    def _ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Prompt ids with one BOS, where the tokenizer has it: chat templates write their own."""
+        found, bos = encode_prompts(prompts, self.tokenizer), self.tokenizer.bos_token_id
+        return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in found]
 
     def _fitted(self, ids: list[int], decoding: Decoding) -> list[int]:
         room = self.context - decoding.max_new_tokens

@@ -59,7 +59,7 @@ def _perplexity(subject: Subject, rest: str) -> Task:
 
 def _exact_match(subject: Subject, rest: str) -> Task:
     decoding = subject.options.decoding(Decoding(max_new_tokens=64))
-    return ExactMatch(_heldout(subject), subject.data.template, decoding, _template(subject))
+    return ExactMatch(_heldout(subject), subject.data.template, decoding, _template(subject), subject.tokenizer)
 
 
 def _gsm8k(subject: Subject, rest: str) -> Task:
@@ -73,7 +73,8 @@ def _gsm8k(subject: Subject, rest: str) -> Task:
     if not rows:
         raise DataError("the run's gsm8k has no test split: give --data FILE")
     chosen = [rows[index] for index in draw(len(rows), options.rows, options.seed, "gsm8k")]
-    return gsm8k.build(chosen, options.shots, options.form, subject.data.template, options.decoding(gsm8k.DECODING))
+    decoding = options.decoding(gsm8k.DECODING)
+    return gsm8k.build(chosen, options.shots, options.form, subject.data.template, decoding, subject.tokenizer)
 
 
 def _humaneval(subject: Subject, rest: str) -> Task:
@@ -90,7 +91,7 @@ def _helm(suite: str) -> Callable[[Subject, str], Task]:
 
 def _template(subject: Subject) -> dict[str, str | None]:
     name = subject.data.template
-    return {"template": name, "template_hash": data.template_hash(name)}
+    return {"template": name, "template_hash": data.template_hash(name, subject.tokenizer)}
 
 
 TASKS: Mapping[str, Callable[[Subject, str], Task]] = {

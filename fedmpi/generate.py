@@ -1,0 +1,122 @@
+"""Read what a run's models say to a prompt, side by side.
+
+    python -m fedmpi.generate RUN_DIR --prompt "Name three colours" --compare base,local,fed
+
+base is the model without an adapter, fed the federation's, global that of all data in one place, local every client's own
+(local:3 client 3's). Exit codes: 0 done, 1 failed, 2 not possible.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedmpi import config, data, models, recipe
+from fedmpi.errors import ConfigError, FedmpiError
+from fedmpi.recipe import Recipe
+
+DONE, FAILED, IMPOSSIBLE = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from a command line; gives the exit code."""
+    given = _parser().parse_args(arguments)
+    try:
+        for prompt, voices in answers(given):
+            print(f"\n> {prompt}")
+            for title, text in voices:
+                print(f"\n[{title}]\n{text.strip()}", flush=True)
+        return DONE
+    except ConfigError as error:
+        config.fail(error, "generate")
+        return IMPOSSIBLE
+    except FedmpiError as error:
+        config.fail(error, "generate")
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m fedmpi.generate", description=__doc__, formatter_class=about)
+    add = parser.add_argument
+    add("run_dir", type=Path, help="the folder of a run")
+    add("--prompt", action="append", required=True, help="an instruction; may be given several times")
+    add("--input", default="", help="the instructions' input")
+    add("--compare", default="base,fed", help="who speaks: of base, fed, global, local, local:CLIENT")
+    add("--max_new_tokens", type=int, default=128)
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top_k", type=int, default=0, help="0 is all")
+    add("--top_p", type=float, default=1.0)
+    add("--seed", type=int, default=0)
+    add("--batch_size", type=int, default=16)
+    add("--device", default="auto")
+    add("--threads", type=int, default=1)
+    return parser
+
+
+def answers(given: argparse.Namespace) -> list[tuple[str, list[tuple[str, str]]]]:
+    """For each prompt what each of the models says. The base is loaded once and takes every adapter in turn."""
+    import torch
+
+    from fedmpi.evaluation.decoding import Decoding
+    from fedmpi.evaluation.speaker import ModelSpeaker, adapted
+    from fedmpi.host import pick_device
+
+    if given.batch_size < 1 or given.threads < 1:
+        raise ConfigError(f"--batch_size {given.batch_size} and --threads {given.threads} must be at least 1")
+    torch.set_num_threads(given.threads)
+    decoding = Decoding(given.max_new_tokens, given.temperature, given.top_k, given.top_p, given.seed)
+    wanted = run_recipe(given.run_dir)
+    voices = list(find_voices(given.run_dir, wanted.scenario, given.compare))
+    tokenizer: Any = models.load_tokenizer(wanted.model)
+    base: Any = models.load_model(wanted.model, pick_device(given.device, 0))
+    prompts = [data.render(prompt, given.input, wanted.data.template, tokenizer) for prompt in given.prompt]
+    said = []
+    for _, folder in voices:
+        model = base if folder is None else adapted(base, folder)
+        said.append(ModelSpeaker(model, tokenizer, given.batch_size).say(prompts, decoding, given.prompt))
+        base = model if folder is None else model.unload()
+    titles = [title for title, _ in voices]
+    return [
+        (prompt, [(title, texts[i]) for title, texts in zip(titles, said, strict=True)]) for i, prompt in enumerate(given.prompt)
+    ]
+
+
+def run_recipe(run_dir: Path) -> Recipe:
+    """The settings of a run, from its own folder."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is no run folder: it has no config.yaml")
+    return recipe.read(["--config", str(path)], "config.yaml", "")[0]
+
+
+def find_voices(run_dir: Path, scenario: str, compare: str) -> Iterator[tuple[str, Path | None]]:
+    """Title and adapter folder of each that is to speak; none for the base."""
+    inside = {name: run_dir / name if scenario == "all" and name != "fed" else run_dir for name in ("local", "global", "fed")}
+    for name in filter(None, (part.strip() for part in compare.split(","))):
+        kind, _, client = name.partition(":")
+        if kind == "base":
+            yield name, None
+        elif kind in ("fed", "global"):
+            yield name, _there(inside[kind] / "adapter", name, scenario in (kind, "all"), scenario)
+        elif kind == "local":
+            clients = inside["local"] / "clients"
+            known = sorted((path for path in clients.glob("*/adapter")), key=lambda path: int(path.parent.name))
+            chosen = [clients / client / "adapter"] if client else known or [clients / "0" / "adapter"]
+            for folder in chosen:
+                yield f"client {folder.parent.name} alone", _there(folder, name, scenario in ("local", "all"), scenario)
+        else:
+            raise ConfigError(f"--compare {name!r}: allowed are base, fed, global, local, local:CLIENT")
+
+
+def _there(folder: Path, name: str, possible: bool, scenario: str) -> Path:
+    if not possible or not (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"--compare {name}: {folder} holds no adapter (the run's scenario is {scenario}, and it must have finished)"
+        )
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())
