@@ -49,6 +49,8 @@ def _values(text: str, place: str) -> list[object]:
     except json.JSONDecodeError as error:
         where = place if "\n" not in text.strip() else f"{place} line {error.lineno}"
         raise DataError(f"{where} is not JSON ({error.msg}, column {error.colno}): mend it or take it out") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{place} cannot be read: {' '.join(str(error).split(';')[0].split())}") from None
     except RecursionError:
         raise DataError(f"{place} is nested too deeply to be a record") from None
 

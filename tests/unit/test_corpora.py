@@ -1,7 +1,9 @@
 """Corpora and their clients: what is read, what is refused and in which words, and who holds which rows out."""
 
 import bz2
+import csv
 import gzip
+import io
 import json
 import lzma
 import os
@@ -10,6 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as tried
+from hypothesis import strategies as st
 
 from fedmpi import data
 from fedmpi.data import __main__ as program
@@ -97,6 +102,7 @@ def test_program_prints_one_line_for_what_it_refuses(capsys):
         (b"\n \n", "holds no records"),
         (b"[]", "holds no records"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"instruction": ' + b"1" * 9999 + b"}", "line 1 cannot be read: Exceeds the limit"),
     ],
 )
 def test_bad_content_is_one_line_with_its_place(tmp_path, content, where):
@@ -105,6 +111,47 @@ def test_bad_content_is_one_line_with_its_place(tmp_path, content, where):
     with pytest.raises(DataError) as caught:
         load(path)
     assert str(path) in str(caught.value) and where in str(caught.value) and "\n" not in str(caught.value)
+
+
+@tried(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.one_of(
+        st.binary(max_size=200),
+        st.text(max_size=120).map(lambda text: text.encode("utf-8", "surrogatepass")),
+        st.lists(
+            st.dictionaries(st.sampled_from(["instruction", "response", "x"]), st.text(max_size=5) | st.floats() | st.none())
+        ).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
+    ),
+    suffix=st.sampled_from([".jsonl", ".json", ".csv", ".jsonl.gz", ".csv.bz2", ".json.xz", ".parquet"]),
+    packed=st.booleans(),
+)
+def test_any_bytes_are_rows_or_one_line(tmp_path, content, suffix, packed):
+    path = tmp_path / f"any{suffix}"
+    path.write_bytes(PACK.get(path.suffix, bytes)(content) if packed else content)
+    name = "csv" if "csv" in suffix else "parquet" if "parquet" in suffix else "json"
+    try:
+        assert load(path, name=name).train
+    except (DataError, ConfigError) as error:  # ConfigError: Parquet without pyarrow
+        assert str(path) in str(error) and "\n" not in str(error)
+
+
+PLAIN = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@tried(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.tuples(PLAIN, PLAIN, PLAIN), min_size=1, max_size=5), kind=st.sampled_from(["csv", "json", "array"]))
+def test_any_text_comes_back_as_it_was(tmp_path, rows, kind):
+    path, names = tmp_path / f"rows.{'csv' if kind == 'csv' else 'json'}", ("instruction", "input", "response")
+    if kind == "csv":
+        out = io.StringIO(newline="")
+        csv.writer(out, quoting=csv.QUOTE_ALL).writerows([names, *rows])
+        path.write_bytes(out.getvalue().encode())
+    elif kind == "json":
+        write(path, [dict(zip(names, row, strict=True)) for row in rows])
+    else:
+        path.write_text(json.dumps([dict(zip(names, row, strict=True)) for row in rows], ensure_ascii=False, indent=1), "utf-8")
+    found = load(path, name="csv" if kind == "csv" else "json").train
+    assert [(row.instruction, row.input, row.output) for row in found] == rows
 
 
 def test_missing_field_names_what_was_found_and_what_to_do(tmp_path):
