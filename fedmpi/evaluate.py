@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from fedmpi.evaluation.task import Task
 
 DONE, FAILED, IMPOSSIBLE = 0, 1, 2
-TASKS = "perplexity, exact_match, gsm8k, humaneval, humaneval-x:LANGUAGE, helm, helm-mini, helm-qa (and helm:SUBTASK)"
+TASKS = (
+    "perplexity, exact_match, gsm8k, humaneval, humaneval-x:LANGUAGE, helm, helm-mini, helm-qa (and helm:SUBTASK), answers, judge, "
+    "lm_eval:NAME"
+)
 CHUNK = 4  # batches between two times that records are written
 
 
@@ -55,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--samples", type=int, help="humaneval: answers to each problem (5)")
     add("--k", type=int, nargs="+", default=[1], help="humaneval: pass@k for each of these")
     add("--allow_code_execution", action="store_true", help="humaneval: run the programs that the model writes, in a sandbox")
+    add("--judge_url", help="judge: address of an OpenAI-compatible service, up to /v1; its key is read from FEDMPI_JUDGE_KEY")
+    add("--judge_model", help="judge: the model that rates")
+    add("--against", help="judge: the result of --task answers of the model to compare with")
     add("--seed", type=int, default=0)
     add("--max_new_tokens", type=int)
     add("--temperature", type=float, help="0 is greedy")
@@ -114,6 +120,9 @@ def run(given: argparse.Namespace) -> int:
         raise ConfigError(f"--batch_size {given.batch_size} and --threads {given.threads} must be at least 1")
     torch.set_num_threads(given.threads)
     target = open_target(given.target, given.out)
+    device = pick_device(given.device, 0)
+    if given.task.startswith("lm_eval:"):
+        return harness(target, given, device)
     given.k = tuple(given.k)
     options = Options(**{key: value for key, value in vars(given).items() if key in Options.__dataclass_fields__})
     tokenizer = models.load_tokenizer(target.model)
@@ -121,9 +130,23 @@ def run(given: argparse.Namespace) -> int:
     result = Result(target.out, options.task.replace(":", "-").replace("/", "_"), target.facts(), task)
     found = result.finished(given.again)
     if found is None:
-        speaker = open_speaker(target.model, target.adapter, pick_device(given.device, 0), given.batch_size)
+        speaker = open_speaker(target.model, target.adapter, device, given.batch_size)
         found = result.make(speaker, given.batch_size * CHUNK)
     show(found, result.path)
+    return DONE
+
+
+def harness(target: Target, given: argparse.Namespace, device: str) -> int:
+    """A task of lm-evaluation-harness; it cannot be interrupted and gone on with."""
+    from fedmpi.checkpoint import write_atomically
+    from fedmpi.evaluation.harness import evaluate
+
+    name = given.task.partition(":")[2]
+    found = evaluate(name, target.model, target.adapter, device, given.batch_size, given.rows)
+    path = target.out / f"lm_eval-{name.replace('/', '_')}.json"
+    write_atomically(path, json.dumps({"task": given.task, "subject": target.facts(), **found}, indent=1, default=str) + "\n")
+    print(json.dumps(found["results"], indent=1, default=str))
+    print(f"  all outputs: {path}", flush=True)
     return DONE
 
 
@@ -223,7 +246,8 @@ def show(result: Mapping[str, Any], path: Path) -> None:
     """The scores, in lines."""
     interval = result.get("interval") or {}
     between = f" ({interval['low']:.4f} to {interval['high']:.4f}, {interval['method']})" if interval.get("low") is not None else ""
-    print(f"{result['task']}: {result['score']:.4f}{between}")
+    score = result.get("score")
+    print(f"{result['task']}: {'no score' if score is None else f'{score:.4f}'}{between}")
     for key, value in result.items():
         if isinstance(value, int | float) and key not in ("score", "seconds", "model_seconds", "asked_now", "threads"):
             print(f"  {key}: {value:.4f}" if isinstance(value, float) else f"  {key}: {value}")

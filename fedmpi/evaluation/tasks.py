@@ -6,7 +6,7 @@ from typing import Any
 
 from fedmpi import data
 from fedmpi.errors import ConfigError, DataError
-from fedmpi.evaluation import code, gsm8k, helm
+from fedmpi.evaluation import code, gsm8k, helm, judge
 from fedmpi.evaluation.decoding import Decoding
 from fedmpi.evaluation.heldout import ExactMatch, Perplexity
 from fedmpi.evaluation.helm_table import SUITES
@@ -89,6 +89,14 @@ def _helm(suite: str) -> Callable[[Subject, str], Task]:
     return lambda subject, rest: helm.build(subject.options, suite, rest)
 
 
+def _answers(subject: Subject, rest: str) -> Task:
+    return judge.build_answers(subject.options, subject.data, subject.tokenizer)
+
+
+def _judge(subject: Subject, rest: str) -> Task:
+    return judge.build_judged(subject.options, subject.data, subject.tokenizer)
+
+
 def _template(subject: Subject) -> dict[str, str | None]:
     name = subject.data.template
     return {"template": name, "template_hash": data.template_hash(name, subject.tokenizer)}
@@ -100,5 +108,7 @@ TASKS: Mapping[str, Callable[[Subject, str], Task]] = {
     "gsm8k": _gsm8k,
     "humaneval": _humaneval,
     "humaneval-x": _humaneval_x,
+    "answers": _answers,
+    "judge": _judge,
     **{suite: _helm(suite) for suite in SUITES},
 }
