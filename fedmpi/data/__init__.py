@@ -42,8 +42,8 @@ class Config:
         name: builtin:toy; gsm8k, dolly, rosetta, code_search_net, alpaca, alpaca_cleaned; fed-code-alpaca, fed-dolly,
             fed-gsm8k-3, fed-code-search-net, whose clients are fixed; json, csv or parquet for files of one's own
         path: a file, or a folder that is searched for the corpus's known names; plain, .gz, .bz2 or .xz; default the hub
+            (with splitter given a file per client, as site/{client}.jsonl; site/heldout.jsonl is nobody's, for measuring)
         fields: names of the fields in the file, as instruction=q,input=c,response=a,category=lang
-            (with splitter given a file per client, as site/{client}.jsonl)
         splitter: how rows are dealt: iid, meta (a category per client), dirichlet (label skew), shards and unequal_shards (few
             categories per client), quantity (volume skew), root_verb (by the instruction's first verb), given (each client has
             its own file), auto = the data set's own

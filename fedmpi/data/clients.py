@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy
 
@@ -12,6 +13,7 @@ from fedmpi.data.declared import FEDERATED
 from fedmpi.errors import ConfigError, DataError
 from fedmpi.seeding import seed_for
 
+COMMON = "heldout"  # with splitter given: site/heldout.jsonl beside the clients' files
 HELDOUT_SHARE = 0.1  # of each client's rows, where a corpus has no test split
 
 
@@ -58,7 +60,10 @@ def federate(config: Config, num_clients: int | None, seed: int, only: Collectio
 
 
 def _given(config: Config, num_clients: int | None, seed: int, only: Collection[int] | None) -> Federated:
-    """Every client has a file of its own; only the wanted ones are opened, and nobody holds rows of another."""
+    """Every client has a file of its own; only the wanted ones are opened, and nobody holds rows of another.
+
+    A file that stands at `heldout` in the place of a client is nobody's and is what the server may measure with.
+    """
     if num_clients is None or num_clients < 1:
         raise ConfigError(f"clients is {num_clients}: data.splitter given needs --clients N, as no rank sees all files")
     if config.name in FEDERATED or config.heldout_per_category or config.num_rows:
@@ -70,20 +75,26 @@ def _given(config: Config, num_clients: int | None, seed: int, only: Collection[
             f"data.path is {config.path}: data.splitter given needs a place for the client, as in site/{{client}}.jsonl"
         )
     wanted = range(num_clients) if only is None else sorted(only)
-    opened = {client: _site(config, client, seed) for client in wanted}
+    opened = {client: _site(config, str(client), seed) for client in wanted}
     pairs = {client: (c.train, c.test) if c.test else _hold_out(c.train, client, seed) for client, c in opened.items()}
     data = tuple(ClientData(client, *pairs.get(client, ([], []))) for client in range(num_clients))
     shares = tuple(_counts([row.category for row in client.train]) for client in data)
-    heldout = [row for client in data for row in client.heldout]
+    common = _site(config, COMMON, seed).train if Path(_path(config, COMMON)).expanduser().exists() else []
+    heldout = common or [row for client in data for row in client.heldout]
     facts: dict[str, object] = {f"client {client}": dict(c.files["train"]) for client, c in opened.items()}
     whole = Corpus(config.name, [], [], corpora.declaration(config.name))
     record = {**_record(config, whole, "given", data, shares), "files": facts, "opened": list(wanted)}
+    record |= {"heldout": f"{len(common)} rows in a file of their own"} if common else {}
     return Federated(data, heldout, shares, record)
 
 
-def _site(config: Config, client: int, seed: int) -> Corpus:
+def _path(config: Config, client: str) -> str:
+    return (config.path or "").replace("{client}", client)
+
+
+def _site(config: Config, client: str, seed: int) -> Corpus:
     """One client's corpus; its rows are named after the client, as every file counts from 0."""
-    found = corpora.load(replace(config, path=(config.path or "").replace("{client}", str(client))), seed)
+    found = corpora.load(replace(config, path=_path(config, client)), seed)
     train, test = ([replace(row, id=f"{client}:{row.id}") for row in rows] for rows in (found.train, found.test))
     return replace(found, train=train, test=test)
 

@@ -129,6 +129,14 @@ def test_a_folder_per_client_may_bring_a_test_part(tmp_path):
     assert [len(client.heldout) for client in data.federate(config, 2, 0).clients] == [1, 2]
 
 
+def test_held_out_rows_may_be_in_a_file_that_is_nobodys(tmp_path):
+    config = sites(tmp_path, {0: 20, 1: 5, "heldout": 7})
+    federated = data.federate(config, 2, 0, only=())
+    assert [row.id for row in federated.heldout] == [f"heldout:train:{i}" for i in range(7)]
+    assert federated.record["heldout"] == "7 rows in a file of their own"
+    assert len(data.federate(config, 2, 0).heldout) == 7
+
+
 def test_given_says_what_it_needs(tmp_path):
     config = sites(tmp_path, {0: 5})
     for changed, clients, words in [
