@@ -75,6 +75,16 @@ def test_the_table_stands_beside_the_papers(name, folder, told, capsys):
     assert ("left out 56 X86 Assembly" in printed) == (name == "fed-code-alpaca")
 
 
+def test_rows_that_a_paper_rounds_are_compared_as_it_rounds():
+    shares = tuple({"go": rows} for rows in (1_880_853 - 5, 1, 1, 1, 1, 1))
+    clients = tuple(data.ClientData(i, [None] * sum(share.values()), []) for i, share in enumerate(shares))
+    federated = data.Federated(clients, [], shares, {"heldout": "test split"})
+    assert program.compare(federated, FEDERATED["fed-code-search-net"].published)[1] == "FS-LLM Table 6: all 2 numbers are the same"
+    few = data.Federated(clients[1:], [], shares[1:], {"heldout": "test split"})
+    said = program.compare(few, FEDERATED["fed-code-search-net"].published)[1]
+    assert said.endswith("of this corpus: rows 5 here, 1880800 there; clients 5 here, 6 there")
+
+
 def test_the_table_counts_tokens_where_a_tokenizer_is_named(tmp_path, capsys):
     arguments = ["fed-code-alpaca", "--data.path", str(rosetta(tmp_path)["path"]), "--data.max_length", "32"]
     assert program.main([*arguments, "--model.path", "builtin:tiny"]) == 0
