@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedmpi.data.records import Record, text
@@ -51,11 +53,25 @@ def from_hub(name: str, subset: str | None, split: str) -> Iterator[Record]:
     except ImportError:
         raise ConfigError(f"{name} on the hub needs datasets: pip install 'fedmpi[data]', or give data.path") from None
     try:
-        found = datasets.load_dataset(name, subset, split=split)
+        with _quiet("huggingface_hub", "datasets"):  # their retries are told in our one line
+            found = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # noqa: BLE001  (datasets lets through what http clients, file systems and formats raise)
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{name} cannot be had from the hub ({type(error).__name__}: {reason}): give data.path") from None
     yield from (Record(dict(values), f"{name} {split} record {number}") for number, values in enumerate(found, start=1))
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Only errors of these packages' own logs."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def fingerprint(rows: list[Record]) -> str:
