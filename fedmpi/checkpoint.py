@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fedmpi.errors import CheckpointError
-from fedmpi.tensors import Tensors
+from fedmpi.tensors import Tensors, save_file
 
 FORMAT = 1
 _PREFIX = "round-"
@@ -47,7 +47,7 @@ class Checkpoints:
         try:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / "state.safetensors")
+            save_file(tensors, beside / "state.safetensors")
             manifest = {
                 "format": FORMAT,
                 "experiment": self.experiment,
@@ -127,7 +127,7 @@ class Vault:
         beside = self.folder / f".client-{client}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
+            save_file(tensors, beside)
             sha256 = file_sha256(beside)
             sync(beside)
             os.rename(beside, self._path(client, sha256))

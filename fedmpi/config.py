@@ -4,6 +4,7 @@ It knows dataclasses and jsonargparse; never what any option means.
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import sys
@@ -31,7 +32,7 @@ def parse(kind: type[T], arguments: Sequence[str], program: str, about: str, ext
     try:
         namespace = parser.parse_args([_packaged(argument) for argument in arguments])
     except (ArgumentError, TypeError) as error:
-        raise ConfigError(_one_line(str(error))) from None
+        raise ConfigError(_one_line(str(error)) + _guess(str(error), list(parser._option_string_actions))) from None
     return parser.instantiate(namespace)
 
 
@@ -56,6 +57,15 @@ def _packaged(argument: str) -> str:
     return f"{prefix}{path}" if wrapped else str(path)
 
 
+def _guess(message: str, options: Sequence[str]) -> str:
+    """What an option that does not exist may have been meant to be."""
+    wrong = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+    near = [match for word in wrong for match in difflib.get_close_matches(word, options, n=1)]
+    tails = [option for word in wrong for option in options if option.endswith("." + word.lstrip("-"))]
+    meant = list(dict.fromkeys([*tails, *near]))
+    return f" (did you mean {' or '.join(meant[:3])}?)" if "unrecognized" in message and meant else ""
+
+
 def _one_line(message: str) -> str:
     return " ".join(message.replace("tip: ", "").split())
 
@@ -71,6 +81,18 @@ def to_yaml(settings: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=110)
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The settings that differ, as `train.lr 0.1 there, 0.2 here`."""
+    found: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        left, right = old.get(key), new.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            found += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key} {left!r} there, {right!r} here")
+    return found
+
+
 def digest(settings: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits that name these settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -78,4 +100,4 @@ def digest(settings: Mapping[str, Any]) -> str:
 
 def fail(error: Exception, where: str) -> None:
     """The one clear line that a user gets instead of a traceback."""
-    print(f"fedmpi: {where}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    print(f"fedmpi: {where}{type(error).__name__}: {error}", file=sys.stderr, flush=True)

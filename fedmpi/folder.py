@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fedmpi import config
 from fedmpi.checkpoint import Checkpoints, Committed, write_atomically
 from fedmpi.errors import CheckpointError, ConfigError
@@ -35,13 +37,30 @@ class RunFolder:
         record = self.path / "record.json"
         if used and not record.exists():
             raise ConfigError(f"run_dir {self.path} is not empty and holds no fedmpi run: give another --run_dir")
-        if used and (found := json.loads(record.read_text(encoding="utf-8")).get("experiment")) != self.experiment:
+        if used and (found := self._experiment(record)) != self.experiment:
             raise ConfigError(
-                f"run_dir {self.path} belongs to experiment {found}, this configuration is {self.experiment}: "
-                "give another --run_dir, or the settings in its config.yaml"
+                f"run_dir {self.path} belongs to experiment {found}, this configuration is {self.experiment}"
+                f"{self._what_differs(settings)}: give another --run_dir, or the settings in its config.yaml"
             )
+        if used:
+            return
         write_atomically(record, json.dumps({"experiment": self.experiment}) + "\n")
         write_atomically(self.path / "config.yaml", config.to_yaml(settings))
+
+    def _experiment(self, record: Path) -> object:
+        try:
+            return json.loads(record.read_text(encoding="utf-8"))["experiment"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{record} cannot be read ({error!r}): restore it, or give another --run_dir") from None
+
+    def _what_differs(self, settings: Mapping[str, Any]) -> str:
+        try:
+            there = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            return ""
+        different = config.differences(there, settings) if isinstance(there, dict) else []
+        different = [text for text in different if not text.startswith(("run_dir ", "resume "))]
+        return f" ({'; '.join(different[:4])})" if different else ""
 
     def describe(self, facts: Mapping[str, Any]) -> None:
         """What is known of the run before its first round, in record.json: launcher, world, who has which data."""

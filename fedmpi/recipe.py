@@ -15,6 +15,7 @@ from fedmpi.models import Config as ModelConfig
 from fedmpi.models import PeftConfig
 from fedmpi.training import Config as TrainConfig
 
+EXPORTS = ("Config", "Server", "Client", "build_server", "build_client", "run_round")
 _NOT_THE_EXPERIMENT = (
     "run_dir",
     "resume",
@@ -132,13 +133,18 @@ def read(arguments: Sequence[str], program: str, about: str) -> tuple[Recipe, An
 
 
 def algorithm(name: str) -> ModuleType:
-    """The module of an algorithm: one file in fedmpi/algorithms, or a dotted name that Python can import."""
+    """The module of an algorithm: one file in fedmpi/algorithms, or any module that Python can import from here."""
+    known = known_algorithms()
+    path = f"fedmpi.algorithms.{name}" if name in known else name.removesuffix(".py")
     try:
-        return import_module(name if "." in name else f"fedmpi.algorithms.{name}")
+        module = import_module(path)
     except ModuleNotFoundError as error:
-        if error.name not in (name, f"fedmpi.algorithms.{name}", name.split(".")[0]):
-            raise
-        raise ConfigError(f"algorithm {name!r} is not known; there are {', '.join(known_algorithms())}") from None
+        raise ConfigError(
+            f"algorithm {name!r}: {error}; it must be {', '.join(known)}, or a module that Python can import from this folder"
+        ) from None
+    if missing := [part for part in EXPORTS if not hasattr(module, part)]:
+        raise ConfigError(f"algorithm {name!r} lacks {', '.join(missing)}: its file must export {', '.join(EXPORTS)}")
+    return module
 
 
 def known_algorithms() -> list[str]:

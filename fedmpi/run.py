@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmpi import config, recipe
+from fedmpi import config, recipe, training
 from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, WorldError
 from fedmpi.recipe import Recipe
 from fedmpi.world import World, from_environment
@@ -30,15 +30,16 @@ if TYPE_CHECKING:
     from fedmpi.transports.base import Transport
 
 FINISHED, FAILED, IMPOSSIBLE, STOPPED = 0, 1, 2, 75
+ABOUT = "Fine-tune a language model across parties, in lockstep. Without any argument the recipe builtin:quickstart is run."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from a command line; gives the exit code."""
-    where = "fedmpi"
+    where = ""
     try:
-        wanted, own = recipe.read(sys.argv[1:] if arguments is None else arguments, "python -m fedmpi.run", __doc__ or "")
+        wanted, own = recipe.read(sys.argv[1:] if arguments is None else arguments, "python -m fedmpi.run", ABOUT)
         world = from_environment(os.environ, wanted.transport)
-        where = f"rank {world.rank}"
+        where = f"rank {world.rank}: "
         return start(wanted, own, world)
     except (ConfigError, WorldError) as error:
         config.fail(error, where)
@@ -96,6 +97,7 @@ class Program:
             from fedmpi.folder import RunFolder
 
             RunFolder(path, self.recipe.hash(), self.recipe.keep).claim(self.recipe.resume, self.recipe.settings())
+        training.load_hooks(self.recipe.train.hooks)  # a wrong name fails now, not in every client's turn
         self._tell(path, "running")
         try:
             return self._scenarios(path)
@@ -114,6 +116,10 @@ class Program:
             end, results[name] = self._fed(host, folder) if name == "fed" else self._solos(name, host, folder)
             if end is not End.FINISHED:
                 self._tell(path, "preempted" if end is End.SIGNAL else "failed")
+                if end is End.SIGNAL and self.world.rank == 0:
+                    print(
+                        "fedmpi: told to stop, and stopped after a committed round: run the same command again to go on", flush=True
+                    )
                 return STOPPED if end is End.SIGNAL else FAILED
         self._tell(path, "finished")
         if self.world.rank == 0:
@@ -138,16 +144,10 @@ class Program:
     def _session(self, wanted: Recipe, host: "Host", path: Path, title: str, post: "Post | None") -> "Session":
         from fedmpi.session import Session
 
-        facts = {
-            "scenario": title,
-            "launcher": self.world.launcher,
-            "world": self.world.size,
-            "transport": self.world.transport,
-            "store": self.world.store,
-        }
+        facts = {"scenario": title, "launcher": self.world.launcher, "world": self.world.size, "transport": self.world.transport}
         algorithm, quiet = recipe.algorithm(wanted.algorithm), self.world.rank != 0
         whole = self.recipe.hash(), self.recipe.settings()
-        return Session(wanted, self.own, algorithm, host, path, title, self.stop, post, *whole, facts, quiet)
+        return Session(wanted, self.own, algorithm, host, path, title, self.stop, post, *whole, facts, self.world.store, quiet)
 
     def _fed(self, host: "Host", path: Path) -> "tuple[End, Any]":
         return self._session(self.recipe, host, path, "fed", self.post).train()
@@ -180,13 +180,14 @@ def show(results: Mapping[str, Any], path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"results in {path}", title_justify="left")
+    table = Table()
     for column, justify in (("trained on", "left"), ("held-out loss", "right"), ("exact match", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for name, scores in rows_of(results):
         accuracy = scores.get("exact_match")
         table.add_row(name, f"{scores['eval_loss']:.3f}", "-" if accuracy is None else f"{accuracy:.1%}")
-    Console(width=100).print(table)
+    print(f"results in {path}")
+    Console(width=100, force_terminal=False).print(table)  # no escapes: a rank may have a terminal while its output is a file
 
 
 def rows_of(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:

@@ -39,6 +39,7 @@ class Session:
     experiment: str = "alone"  # the program's: trainings inside a scenario are parts of one experiment
     settings: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # launcher and world, for the record
+    near: str | None = None  # host:port that every rank can reach, where there is one
     quiet: bool = False
 
     def train(self) -> tuple[End, dict[str, Any] | None]:
@@ -47,7 +48,7 @@ class Session:
         rank, size = (SERVER, 1) if self.post is None else (self.post.transport.rank, self.post.transport.size)
         placement = place(clients, size, recipe.ranks_per_client, recipe.groups)
         vault = checkpoint.Vault(self.path / "checkpoints" / "clients")
-        fed = Federation(placement, rank, self.post, vault=vault, near=self.facts.get("store"))
+        fed = Federation(placement, rank, self.post, vault=vault, near=self.near)
         hosted = placement.hosted_by(rank)
         sizes = fed.greet(self.experiment, {c: len(self.host.examples(c)) for c in hosted})
         parties = {c: self.algorithm.build_client(self.own, self.host, c) for c in hosted}
@@ -70,12 +71,13 @@ class Session:
         recipe = self.recipe
         folder = RunFolder(self.path, self.experiment, recipe.keep)
         folder.claim("auto", self.settings)  # the program has looked at --resume; what is in the folder is its own
-        folder.describe({**self.facts, "data": self.host.parties.record})
         committed = folder.resume()
         done = folder.summary()
+        if not done:
+            folder.describe({**self.facts, "data": self.host.parties.record})
         fed.conductor = self._conductor(sizes, committed.round + 1 if committed else 0)
         if not self.quiet:
-            print(f"fedmpi: {self.title}: {described(sizes)}, weights by {recipe.weights}", flush=True)
+            print(f"fedmpi: {self.title}: {described(sizes)}, weights by {recipe.weights}{_standing(committed, done)}", flush=True)
         server = None if done else self.algorithm.build_server(self.own, self.host)
         if committed is not None and server is not None:
             server = restored(server, committed.tensors)
@@ -109,6 +111,12 @@ class Session:
             first_round=first_round,
             durable=first_round - 1,
         )
+
+
+def _standing(committed: checkpoint.Committed | None, done: object) -> str:
+    if done:
+        return "; finished before, nothing to do"
+    return f"; continues after round {committed.round + 1}" if committed else ""
 
 
 def described(sizes: Mapping[int, int]) -> str:

@@ -1,4 +1,4 @@
-"""Being told to stop: TERM and USR1 finish the round in hand instead of ending the process. It knows signals and nothing else."""
+"""Being told to stop: TERM, USR1 and Ctrl-C finish the round in hand instead of ending the process. It knows signals alone."""
 
 import signal
 from collections.abc import Callable
@@ -15,7 +15,7 @@ class Stop:
 
     def install(self) -> None:
         """Listen from now on."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._noted)
 
     def tell_with(self, tell: Callable[[], None]) -> None:
@@ -25,6 +25,8 @@ class Stop:
             tell()
 
     def _noted(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal:
+            raise KeyboardInterrupt  # the second Ctrl-C means it
         self.signal = signal.Signals(number).name
         if self.tell is not None:
             self.tell()

@@ -1,8 +1,11 @@
 """Named tensors: what an adapter is once it has left its model. Pure functions; they know nothing of models, clients or links."""
 
 import hashlib
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
+import safetensors.torch
 import torch
 
 Tensors = dict[str, torch.Tensor]
@@ -24,6 +27,14 @@ def same_names(left: Mapping[str, object], right: Mapping[str, object]) -> None:
     missing, surplus = sorted(left.keys() - right.keys()), sorted(right.keys() - left.keys())
     if missing or surplus:
         raise KeyError(f"tensor names differ: missing {missing[:5]}, surplus {surplus[:5]}")
+
+
+def save_file(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file with the mode that any other new file gets (safetensors makes it readable by its owner alone)."""
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:

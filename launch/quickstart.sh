@@ -4,4 +4,6 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 setup mpi
-exec bash "$repository/launch/torchrun.sh" "${NPROC:-4}" "$@"
+# arguments change the example; a --config of one's own takes its place
+case " $* " in *" --config"*) recipe=() ;; *) recipe=(--config builtin:quickstart) ;; esac
+exec bash "$repository/launch/torchrun.sh" "${NPROC:-4}" "${recipe[@]}" "$@"

@@ -71,7 +71,10 @@ class Conductor:
             self._verdict, self._counted = Verdict.COUNTED, tuple(sorted(counted))
             return
         self._verdict, self._counted = Verdict.REPEAT, ()
-        reasons = "; ".join(f"client {client}: {why}" for client, why in sorted(failures.items()))
+        alike: dict[str, list[int]] = {}
+        for client, why in sorted(failures.items()):
+            alike.setdefault(why, []).append(client)
+        reasons = "; ".join(f"client {', '.join(map(str, clients))}: {why}" for why, clients in alike.items())
         problem = f"round {rnd.index}: {len(counted)} updates of {len(rnd.cohort)}, --min_clients is {self.min_clients} ({reasons})"
         if self.on_quorum_lost == "stop" or rnd.attempt + 1 >= MOST_ATTEMPTS:
             self.end = End.GIVEN_UP

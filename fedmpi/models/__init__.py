@@ -24,7 +24,7 @@ class Config:
 
     Args:
         path: a folder, a hub id, or builtin:tiny
-        dtype: auto = float32 on CPU, bfloat16 on GPU
+        dtype: auto is float32 on CPU and bfloat16 on GPU
     """
 
     path: str = "builtin:tiny"
@@ -37,11 +37,11 @@ class PeftConfig:
 
     Args:
         method: lora
-        rank: columns of A and rows of B
-        alpha: the adapter is scaled by alpha / rank
-        dropout: on the adapter's input, in training
-        init: how A begins, uniform or gaussian with deviation 1 / rank; B is zero, so that an adapter begins as nothing
-        target_modules: names of linear modules, or all-linear; default query and value projections, else the fused one
+        rank: of the two factors
+        alpha: their product is scaled by alpha / rank
+        dropout: before the first factor, while training
+        init: how A begins, uniform like a linear layer, or gaussian; B is zero, so that an adapter begins as nothing
+        target_modules: names of linear modules, a list or joined by commas, or all-linear; default query and value projections
     """
 
     method: Literal["lora"] = "lora"
@@ -49,10 +49,14 @@ class PeftConfig:
     alpha: int = 16
     dropout: float = 0.0
     init: Literal["default", "gaussian"] = "default"
-    target_modules: tuple[str, ...] = ()
+    target_modules: tuple[str, ...] | str = ()
 
     def __post_init__(self) -> None:
         """Refuse what no model could make sense of."""
+        if isinstance(self.target_modules, str):
+            object.__setattr__(
+                self, "target_modules", tuple(part.strip() for part in self.target_modules.split(",") if part.strip())
+            )
         if self.rank < 1:
             raise ConfigError(f"peft.rank is {self.rank}: it must be at least 1")
         if not 0 <= self.dropout < 1:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -16,7 +15,7 @@ from fedmpi.errors import ModelError
 from fedmpi.models import PeftConfig
 from fedmpi.models.backbone import decoder_layers
 from fedmpi.seeding import seed_for
-from fedmpi.tensors import Tensors
+from fedmpi.tensors import Tensors, save_file
 
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft 0.21 asks transformers 5.23 by an old name
 
@@ -36,7 +35,9 @@ FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "wqkv", "W_pack
 
 def add_adapter(model: PreTrainedModel, peft: PeftConfig, seed: int) -> PeftModel:
     """Wrap the model with a fresh adapter: in fp32, equal for equal seeds on every device, nothing else changed."""
-    targets: str | list[str] = ALL_LINEAR if peft.target_modules == (ALL_LINEAR,) else find_targets(model, peft.target_modules)
+    targets: str | list[str] = (
+        ALL_LINEAR if peft.target_modules == (ALL_LINEAR,) else find_targets(model, tuple(peft.target_modules))
+    )
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=peft.rank,
