@@ -103,6 +103,8 @@ def open_target(path: str, out: Path | None) -> Target:
     wanted, _ = recipe.read(["--config", str(folder / "config.yaml")], "config.yaml", "")
     adapter = folder / "adapter"
     if not (adapter / "adapter_model.safetensors").is_file():
+        if parts := sorted(path.parent for path in folder.glob("clients/*/adapter")):
+            raise ConfigError(f"{folder} holds {len(parts)} clients trained alone: give one of them, such as {parts[0]}")
         raise ConfigError(f"{folder} has no adapter/ yet: the run has not finished (see state.json); go on with it first")
     return Target(wanted.model, adapter, wanted.data, wanted.clients, wanted.seed, out or folder / "evaluations")
 

@@ -5,6 +5,7 @@ So a prompt's answer depends on its key and the seed, not on its neighbours in a
 """
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -155,7 +156,9 @@ def adapted(model: Any, folder: Path) -> Any:
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} is no PEFT folder (no adapter_config.json): the run has not finished, or take another folder")
     try:
-        return PeftModel.from_pretrained(model, folder).eval()
+        with warnings.catch_warnings():  # peft asks transformers by names that are to change
+            warnings.simplefilter("ignore", FutureWarning)
+            return PeftModel.from_pretrained(model, folder).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"the adapter in {folder} does not fit the model: {type(error).__name__}: {reason}") from None

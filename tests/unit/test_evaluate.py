@@ -122,3 +122,6 @@ def test_a_run_that_has_not_finished_is_told(run_dir, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text((run_dir / "config.yaml").read_text())
     assert evaluate.main([str(tmp_path), "--task", "perplexity"]) == 2
     assert "has not finished" in capsys.readouterr().err
+    (tmp_path / "clients" / "0" / "adapter").mkdir(parents=True)
+    assert evaluate.main([str(tmp_path), "--task", "perplexity"]) == 2
+    assert "holds 1 clients trained alone: give one of them, such as" in capsys.readouterr().err
