@@ -100,4 +100,5 @@ def digest(settings: Mapping[str, Any]) -> str:
 
 def fail(error: Exception, where: str) -> None:
     """The one clear line that a user gets instead of a traceback."""
-    print(f"fedmpi: {where}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    place = f"{where}: " if where else ""
+    print(f"fedmpi: {place}{type(error).__name__}: {error}", file=sys.stderr, flush=True)

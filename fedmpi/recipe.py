@@ -114,7 +114,9 @@ class Recipe:
 
     def experiment(self) -> dict[str, Any]:
         """The settings that can change results: two runs with equal ones are the same experiment."""
-        return {key: value for key, value in self.settings().items() if key not in _NOT_THE_EXPERIMENT}
+        settings = {key: value for key, value in self.settings().items() if key not in _NOT_THE_EXPERIMENT}
+        settings["data"].pop("cache", None)
+        return settings
 
     def hash(self) -> str:
         """The name of the experiment."""

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         wanted, own = recipe.read(sys.argv[1:] if arguments is None else arguments, "python -m fedmpi.run", ABOUT)
         world = from_environment(os.environ, wanted.transport)
-        where = f"rank {world.rank}: "
+        where = f"rank {world.rank}"
         return start(wanted, own, world)
     except (ConfigError, WorldError) as error:
         config.fail(error, where)
