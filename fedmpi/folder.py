@@ -1,10 +1,11 @@
 """The run folder: what a run leaves behind, and what a restart finds. Only the server writes here (clients' own state aside)."""
 
+import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -29,23 +30,39 @@ class RunFolder:
 
     def claim(self, resume: str, settings: Mapping[str, Any]) -> None:
         """Take the folder for this experiment, or say why it cannot be had; nothing in a foreign folder is touched."""
-        used = self.path.exists() and any(self.path.iterdir())
+        try:
+            used = self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir())
+        except OSError as error:
+            raise ConfigError(f"run_dir {self.path} cannot be used ({error}): give a folder") from None
         if used and resume == "never":
             raise ConfigError(f"run_dir {self.path} is not empty and --resume is never: give an empty folder or --resume auto")
         if not used and resume == "must":
             raise ConfigError(f"run_dir {self.path} is empty and --resume is must: nothing to continue; check the path")
         record = self.path / "record.json"
-        if used and not record.exists():
+        if used and not record.exists() and {path.name for path in self.path.iterdir()} - {"config.yaml", ".lock"}:
             raise ConfigError(f"run_dir {self.path} is not empty and holds no fedmpi run: give another --run_dir")
+        used = used and record.exists()
         if used and (found := self._experiment(record)) != self.experiment:
             raise ConfigError(
                 f"run_dir {self.path} belongs to experiment {found}, this configuration is {self.experiment}"
                 f"{self._what_differs(settings)}: give another --run_dir, or the settings in its config.yaml"
             )
-        if used:
-            return
-        write_atomically(record, json.dumps({"experiment": self.experiment}) + "\n")
-        write_atomically(self.path / "config.yaml", config.to_yaml(settings))
+        if not used:  # the record comes last: with it the folder is taken
+            write_atomically(self.path / "config.yaml", config.to_yaml(settings))
+            write_atomically(record, json.dumps({"experiment": self.experiment}) + "\n")
+
+    def lock(self) -> IO[str]:
+        """Hold the folder for this process; a second run in it is refused. Close what this gives to let go."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / ".lock").open("w", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ConfigError(f"run_dir {self.path} is in use by another run: wait for it, or give another --run_dir") from None
+        except OSError as error:
+            print(f"fedmpi: {self.path} cannot be locked on this file system ({error}): start no second run in it", flush=True)
+        return file
 
     def _experiment(self, record: Path) -> object:
         try:
@@ -76,9 +93,9 @@ class RunFolder:
         """Bring metrics.jsonl back to what the checkpoint says: lines of lost rounds go, lines that a crash withheld come."""
         last = committed.round if committed else -2
         lines = [line for line in self.metrics() if line["round"] <= last]
-        known = {(line["round"], line.get("event")) for line in lines}
+        known = {(line["round"], line.get("event"), line.get("attempt")) for line in lines}
         withheld = committed.record["lines"] if committed else []
-        lines += [line for line in withheld if (line["round"], line.get("event")) not in known]
+        lines += [line for line in withheld if (line["round"], line.get("event"), line.get("attempt")) not in known]
         write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def metrics(self) -> list[dict[str, Any]]:

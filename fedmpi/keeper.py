@@ -53,7 +53,9 @@ class Keeper:
             self._line({"round": conductor.first_round - 1, "event": "resume"})
         progress = Progress(self.title, conductor.first_round, self.recipe.rounds, self.quiet)
         conductor.largest = aggregation.largest(server.adapter)
-        if self.stop.signal:
+        if self._waited_enough():
+            conductor.end = End.FINISHED
+        elif self.stop.signal:
             conductor.end = End.SIGNAL
         try:
             for rnd in self.fed.rounds():
@@ -64,6 +66,7 @@ class Keeper:
                 except QuorumLost as lost:
                     self._line({"round": rnd.index, "event": "quorum_lost", "message": str(lost), "attempt": rnd.attempt})
                     print(f"fedmpi: {lost}", file=sys.stderr, flush=True)
+                    self._heed_signals(conductor)
                     continue
                 server = after
                 self._after_round(rnd, server, began, progress)
@@ -95,9 +98,16 @@ class Keeper:
             better = self.history["best"] is None or line["eval_loss"] < self.history["best"]
             self.history["worse"] = 0 if better else self.history["worse"] + 1
             self.history["best"] = line["eval_loss"] if better else self.history["best"]
-            if self.history["worse"] >= self.recipe.early_stop:
-                conductor.end = End.FINISHED
-        if self.stop.signal or self.fed.stop_wanted():
+        if self._waited_enough():
+            conductor.end = End.FINISHED
+        self._heed_signals(conductor)
+
+    def _waited_enough(self) -> bool:
+        """Whether early stopping has set in; a resumed run asks before its first round."""
+        return 0 < self.recipe.early_stop <= int(self.history["worse"])
+
+    def _heed_signals(self, conductor: Conductor) -> None:
+        if not conductor.end and (self.stop.signal or self.fed.stop_wanted()):
             conductor.end = End.SIGNAL
 
     def _figures(self, rnd: Round) -> dict[str, Any]:

@@ -103,6 +103,16 @@ class Recipe:
             raise ConfigError(
                 "ranks_per_client and groups make clients of several ranks, train.engine plain uses one: give train.engine ddp"
             )
+        if self.clients_per_round is not None:
+            object.__setattr__(self, "clients_per_round", str(self.clients_per_round))
+            if self.sampling == "all" or self.sampling.startswith("fixed:"):
+                raise ConfigError(
+                    f"sampling {self.sampling} names the cohort: leave clients_per_round {self.clients_per_round} out"
+                )
+        if self.early_stop and not self.eval_every:
+            raise ConfigError(f"early_stop {self.early_stop} needs evaluations: give eval_every 1 or more")
+        if self.scenario != "fed" and (self.groups or self.ranks_per_client > 1):
+            raise ConfigError(f"scenario {self.scenario} runs each client on one rank: leave ranks_per_client and groups out")
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s {self.timeout_s}: give seconds above 0")
         if self.sampling not in ("all", "uniform", "weighted") and not self.sampling.startswith("fixed:"):

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,17 +93,27 @@ class Program:
     def run(self) -> int:
         """Gives the exit code, the same on every rank."""
         path = self._path()
-        if self.world.rank == 0:
-            from fedmpi.folder import RunFolder
+        with ExitStack() as held:
+            if self.world.rank == 0:
+                from fedmpi.folder import RunFolder
 
-            RunFolder(path, self.recipe.hash(), self.recipe.keep).claim(self.recipe.resume, self.recipe.settings())
-        training.load_hooks(self.recipe.train.hooks)  # a wrong name fails now, not in every client's turn
-        self._tell(path, "running")
-        try:
-            return self._scenarios(path)
-        except FedmpiError:
-            self._tell(path, "failed")
-            raise
+                experiment, settings = self._identity()
+                folder = RunFolder(path, experiment, self.recipe.keep)
+                folder.claim(self.recipe.resume, settings)
+                held.enter_context(folder.lock())
+            training.load_hooks(self.recipe.train.hooks)  # a wrong name fails now, not in every client's turn
+            self._tell(path, "running")
+            try:
+                return self._scenarios(path)
+            except BaseException:
+                self._tell(path, "failed")
+                raise
+
+    def _identity(self) -> tuple[str, dict[str, Any]]:
+        """What names this experiment, and all its settings: the recipe's and the algorithm's own."""
+        own = config.as_dict(self.own)
+        group = {self.recipe.algorithm.rsplit(".", 1)[-1]: own} if own else {}
+        return config.digest({**self.recipe.experiment(), **group}), {**self.recipe.settings(), **group}
 
     def _scenarios(self, path: Path) -> int:
         from fedmpi.round import End
@@ -121,12 +131,12 @@ class Program:
                         "fedmpi: told to stop, and stopped after a committed round: run the same command again to go on", flush=True
                     )
                 return STOPPED if end is End.SIGNAL else FAILED
-        self._tell(path, "finished")
         if self.world.rank == 0:
             from fedmpi import report
 
             show(results, path)
             print(f"report: {report.write(path)}", flush=True)
+        self._tell(path, "finished")
         return FINISHED
 
     def _host(self) -> "Host":
@@ -139,14 +149,14 @@ class Program:
         return Host(Base(wanted.model, wanted.peft, device, wanted.seed), parties, wanted.data, wanted.train, wanted.eval)
 
     def _path(self) -> Path:
-        return Path(self.recipe.run_dir or f"runs/{self.recipe.algorithm.rsplit('.', 1)[-1]}-{self.recipe.hash()}")
+        return Path(self.recipe.run_dir or f"runs/{self.recipe.algorithm.rsplit('.', 1)[-1]}-{self._identity()[0]}")
 
     def _session(self, wanted: Recipe, host: "Host", path: Path, title: str, post: "Post | None") -> "Session":
         from fedmpi.session import Session
 
         facts = {"scenario": title, "launcher": self.world.launcher, "world": self.world.size, "transport": self.world.transport}
         algorithm, quiet = recipe.algorithm(wanted.algorithm), self.world.rank != 0
-        whole = self.recipe.hash(), self.recipe.settings()
+        whole = self._identity()
         return Session(wanted, self.own, algorithm, host, path, title, self.stop, post, *whole, facts, self.world.store, quiet)
 
     def _fed(self, host: "Host", path: Path) -> "tuple[End, Any]":
@@ -164,7 +174,9 @@ class Program:
         else:
             numbers = range(len(host.parties.clients))
             jobs = {c: self._session(wanted, host.alone(c), path / "clients" / str(c), f"client {c}", None) for c in numbers}
-        return run_solos(name, {c: Solo(c, job) for c, job in jobs.items()}, self.recipe, self.stop, self.post)
+        return run_solos(
+            name, {c: Solo(c, job) for c, job in jobs.items()}, self._identity()[0], self.recipe.seed, self.stop, self.post
+        )
 
     def _tell(self, path: Path, state: str) -> None:
         """RUN_DIR/state.json: what a batch script reads, where the exit code does not reach it."""

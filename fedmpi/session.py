@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from fedmpi import checkpoint
+from fedmpi.errors import ConfigError
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import SERVER, Federation
 from fedmpi.federation.post import Post
@@ -97,13 +98,14 @@ class Session:
     def _conductor(self, sizes: Mapping[int, int], first_round: int) -> Conductor:
         recipe, num_clients = self.recipe, len(sizes)
         fixed = recipe.sampling.startswith("fixed:")
+        size = len(fixed_cohort(recipe.sampling, num_clients)) if fixed else cohort_size(recipe.clients_per_round, num_clients)
+        if recipe.min_clients > size:
+            raise ConfigError(f"min_clients {recipe.min_clients} of a cohort of {size}: no round could ever count")
         return Conductor(
             num_examples=[sizes[client] for client in range(num_clients)],
             rounds=recipe.rounds,
             seed=recipe.seed,
-            cohort_size=len(fixed_cohort(recipe.sampling, num_clients))
-            if fixed
-            else cohort_size(recipe.clients_per_round, num_clients),
+            cohort_size=size,
             sampling=recipe.sampling,
             weights=recipe.weights,
             min_clients=recipe.min_clients,

@@ -16,7 +16,6 @@ from fedmpi.round import End, place
 
 if TYPE_CHECKING:
     from fedmpi.federation.post import Post
-    from fedmpi.recipe import Recipe
     from fedmpi.session import Session
     from fedmpi.stop import Stop
     from fedmpi.tensors import Tensors
@@ -32,15 +31,15 @@ class Solo:
 
 
 def run_solos(
-    name: str, jobs: Mapping[int, Solo], recipe: "Recipe", stop: "Stop", post: "Post | None"
+    name: str, jobs: Mapping[int, Solo], experiment: str, seed: int, stop: "Stop", post: "Post | None"
 ) -> tuple[End, dict[int, Any]]:
     """Run all jobs on whatever ranks there are; the server learns every job's final scores."""
     rank, size = (SERVER, 1) if post is None else (post.transport.rank, post.transport.size)
     fed = Federation(place(len(jobs), size), rank, post)
-    fed.greet(recipe.hash(), dict.fromkeys(fed.placement.hosted_by(rank), 1))
+    fed.greet(experiment, dict.fromkeys(fed.placement.hosted_by(rank), 1))
     if rank == SERVER:
         end = End.SIGNAL if stop.signal else End.NO
-        fed.conductor = Conductor([1] * len(jobs), 1, recipe.seed, len(jobs), "all", "equal", len(jobs), "stop", end=end)
+        fed.conductor = Conductor([1] * len(jobs), 1, seed, len(jobs), "all", "equal", len(jobs), "stop", end=end)
     fed.welcome({}, 1 << 20)
     finals: dict[int, Any] = {}
     ends: set[End] = set()
@@ -54,8 +53,11 @@ def run_solos(
             if fed.conductor is None:
                 raise
             print(f"fedmpi: {name}: {'; '.join(map(str, fed.outcome.failures.values()))}", flush=True)
-        if fed.conductor is not None and (End.SIGNAL in ends or stop.signal or fed.stop_wanted()):
-            fed.conductor.end = End.SIGNAL
+        if fed.conductor is not None and not fed.conductor.end:
+            if End.GIVEN_UP in ends:
+                fed.conductor.end = End.GIVEN_UP
+            elif End.SIGNAL in ends or stop.signal or fed.stop_wanted():
+                fed.conductor.end = End.SIGNAL
     fed.farewell()
     return fed.end, finals
 

@@ -211,11 +211,14 @@ class Federation:
     def _attempt(self, rnd: Round, client: C, work: Callable[[C], Update]) -> Update | Failure:
         """The client's boundary: what goes wrong inside is a Failure of this client, in this round, and of nobody else."""
         seed_everything(seed_for(rnd.seed, "turn", client.id))
+        ready = replace(client, owned=self._owned.of(client.id))  # type: ignore[type-var]
         try:
-            update = work(replace(client, owned=self._owned.of(client.id)))  # type: ignore[type-var]
+            update = work(ready)
         except Aborted:
             raise
-        except Exception as error:  # noqa: BLE001 - the one broad except of the program
+        except Exception as error:
+            if len(self.seat) > 1:  # the other members are inside a collective of this turn: no part of the client can go on
+                raise
             if not isinstance(error, FedmpiError):  # a fault of the program or the machine: its place matters
                 traceback.print_exc()
             return Failure(client.id, type(error).__name__, " ".join(str(error).split())[:2000])

@@ -6,6 +6,7 @@ import pytest
 
 from fedmpi import checkpoint, run
 from fedmpi.errors import Aborted, CheckpointError
+from fedmpi.folder import RunFolder
 from tests.lockstep import ranks
 
 BROKEN = '{"instruction": "a", "output": "b"}\n{"instruction": \n'
@@ -43,6 +44,11 @@ def said(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (("--timeout_s=0",), ["timeout_s"]),
         (("--ranks_per_client=2",), ["train.engine ddp"]),
         (("--device=cuda",), ["GPU"]),
+        (("--min_clients=6",), ["min_clients 6 of a cohort of 5"]),
+        (("--sampling=all",), ["sampling all", "clients_per_round 5"]),
+        (("--early_stop=1", "--eval_every=0"), ["early_stop 1", "eval_every"]),
+        (("--train.hooks=no.Such",), ["no.Such"]),
+        (("--algorithm=os.path",), ["os.path", "build_client"]),
     ],
 )
 def test_settings(said, arguments: tuple[str, ...], words: list[str]) -> None:
@@ -69,6 +75,13 @@ def test_files_and_models(said, tmp_path: Path, monkeypatch, arguments: tuple[st
     code, line = said(*arguments)
     assert code in (1, 2)
     assert all(word in line for word in words), line
+
+
+def test_a_folder_in_use(said, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with RunFolder(tmp_path / "run", "other", 2).lock():
+        code, line = said()
+    assert code == 2 and "in use by another run" in line
 
 
 def test_two_launchers_at_once(said) -> None:

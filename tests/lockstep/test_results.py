@@ -71,6 +71,11 @@ def test_early_stopping(settings: list[str], tmp_path: Path) -> None:
     assert min(losses[-2:]) >= min(losses[:-2])
     assert run(wanted, tmp_path) == [0]
     assert len(lines_of(tmp_path)) == len(losses) + 1
+    before = adapter(tmp_path)
+    (tmp_path / "summary.json").unlink()  # killed between the last commit and the end
+    assert run(wanted, tmp_path, 3) == [0] * 3
+    assert [line["eval_loss"] for line in lines_of(tmp_path) if "event" not in line] == losses
+    assert adapter(tmp_path) == before
 
 
 def test_checkpoints_may_be_rarer_than_rounds(settings: list[str], tmp_path: Path) -> None:
