@@ -79,6 +79,16 @@ class RunFolder:
         different = [text for text in different if not text.startswith(("run_dir ", "resume "))]
         return f" ({'; '.join(different[:4])})" if different else ""
 
+    def same_data(self, data: Mapping[str, Any]) -> None:
+        """Refuse to continue on other rows than the run began with: its results would be of neither."""
+        there = json.loads((self.path / "record.json").read_text(encoding="utf-8")).get("data")
+        here = json.loads(json.dumps(data, default=_plain))
+        if there is not None and there != here:
+            found = "; ".join(config.differences(there, here)[:3])
+            raise CheckpointError(
+                f"run_dir {self.path} began with other data ({found}): bring those back, or give another --run_dir"
+            )
+
     def describe(self, facts: Mapping[str, Any]) -> None:
         """What is known of the run before its first round, in record.json: launcher, world, who has which data."""
         self.write("record.json", {"experiment": self.experiment, **facts})

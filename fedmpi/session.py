@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fedmpi import checkpoint
+from fedmpi import checkpoint, config
 from fedmpi.errors import ConfigError
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import SERVER, Federation
@@ -51,7 +51,9 @@ class Session:
         vault = checkpoint.Vault(self.path / "checkpoints" / "clients")
         fed = Federation(placement, rank, self.post, vault=vault, near=self.near)
         hosted = placement.hosted_by(rank)
-        sizes = fed.greet(self.experiment, {c: len(self.host.examples(c)) for c in hosted})
+        # ranks that read other rows are as foreign as ranks with other settings
+        experiment = f"{self.experiment} on data {config.digest(self.host.parties.record)}"
+        sizes = fed.greet(experiment, {c: len(self.host.examples(c)) for c in hosted})
         parties = {c: self.algorithm.build_client(self.own, self.host, c) for c in hosted}
         if rank != SERVER:
             if not hosted:
@@ -74,6 +76,8 @@ class Session:
         folder.claim("auto", self.settings)  # the program has looked at --resume; what is in the folder is its own
         committed = folder.resume()
         done = folder.summary()
+        if committed:
+            folder.same_data(self.host.parties.record)
         if not done:
             folder.describe({**self.facts, "data": self.host.parties.record})
         fed.conductor = self._conductor(sizes, committed.round + 1 if committed else 0)

@@ -124,7 +124,8 @@ class Federation:
         for peer, greeting in self.post.from_each(Kind.HELLO, "greeting the clients"):
             if greeting["experiment"] != experiment:
                 raise WorldError(
-                    f"rank {peer} runs experiment {greeting['experiment']}, the server {experiment}: give all ranks equal settings"
+                    f"rank {peer} runs experiment {greeting['experiment']}, the server {experiment}: "
+                    "give all ranks equal settings and data"
                 )
             sizes.update(self._declared(peer, greeting["examples"]))
             self._meet_at[peer] = greeting["meet_at"]

@@ -79,15 +79,18 @@ class Progress:
 
     def _run(self) -> None:
         last = monotonic()
-        while not self._over:
+        while True:
+            posted = self._posted.is_set()
+            self._posted.clear()  # before looking at what it announces, or a stop in between would be slept through
+            if self._over:
+                return
             with self.lock:
                 finished = [operation for operation in self._pending if self._test(operation)]
                 self._pending = [operation for operation in self._pending if operation not in finished]
             for operation in finished:
                 operation.then()
             now = monotonic()
-            last = now if finished or self._posted.is_set() else last
-            self._posted.clear()
+            last = now if finished or posted else last
             self._posted.wait(min(MAX_PAUSE_S, max(MIN_PAUSE_S, PATIENCE * (now - last))) if self._pending else None)
 
     def _test(self, operation: Operation) -> bool:

@@ -100,6 +100,17 @@ def test_a_folder_of_another_configuration_is_left_alone(said, settings: list[st
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+def test_other_rows_than_the_run_began_with(said, settings: list[str], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    own = ["--data.name=json", f"--data.path={rows}", "--data.splitter=iid", "--data.num_rows=null"]
+    rows.write_text("".join(f'{{"instruction": "say {i}", "output": "{i}"}}\n' for i in range(40)))
+    assert run.main([*settings, *own, f"--run_dir={tmp_path / 'run'}"]) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    rows.write_text(rows.read_text().replace("say 7", "say seven"))
+    code, line = said(*own)
+    assert code == 1 and "began with other data" in line and "rows.jsonl" not in line.split("(")[0]
+
+
 def test_no_tokenizer(said, model_folder: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
