@@ -30,10 +30,9 @@ def parse(kind: type[T], arguments: Sequence[str], program: str, about: str, ext
     for group, dataclass in extra.items():
         parser.add_class_arguments(dataclass, group)
     try:
-        namespace = parser.parse_args([_packaged(argument) for argument in arguments])
-    except (ArgumentError, TypeError) as error:
+        return parser.instantiate(parser.parse_args([_packaged(argument) for argument in arguments]))
+    except (ArgumentError, TypeError, ValueError, AttributeError) as error:  # the last three: recipes that are no mappings
         raise ConfigError(_one_line(str(error)) + _guess(str(error), list(parser._option_string_actions))) from None
-    return parser.instantiate(namespace)
 
 
 def peek(argument: str) -> dict[str, Any]:

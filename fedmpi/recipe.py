@@ -44,7 +44,7 @@ class Recipe:
         min_clients: fewer updates than this and the round does not count
         weights: an update weighs its client's training examples, 1, or the examples processed in the round
         ranks_per_client: ranks that train one client together
-        groups: unequal groups of ranks, such as [4, 2, 1]
+        groups: unequal groups of ranks, such as 4,2,1
         threads: torch threads of every rank, whatever the launcher
         device: auto, cpu, cuda, or cuda:1
         timeout_s: seconds without a byte or a heartbeat after which a peer counts as silent
@@ -68,7 +68,7 @@ class Recipe:
     min_clients: int = 1
     weights: Literal["examples", "equal", "processed"] = "examples"
     ranks_per_client: int = 1
-    groups: tuple[int, ...] = ()
+    groups: tuple[int, ...] | str = ()
     threads: int = 1
     device: str = "auto"
     timeout_s: float = 60.0
@@ -95,7 +95,7 @@ class Recipe:
             "ranks_per_client": 1,
         }
         for key, least in at_least.items() | {"early_stop": 0, "eval_every": 0, "seed": 0}.items():
-            if getattr(self, key) < least:
+            if getattr(self, key) is None or getattr(self, key) < least:
                 raise ConfigError(f"{key} {getattr(self, key)}: at least {least} is needed")
         if self.clients is not None and self.clients < 1:
             raise ConfigError(f"clients {self.clients}: at least 1 is needed")
@@ -103,6 +103,8 @@ class Recipe:
             raise ConfigError(
                 "ranks_per_client and groups make clients of several ranks, train.engine plain uses one: give train.engine ddp"
             )
+        if isinstance(self.groups, str):
+            object.__setattr__(self, "groups", _whole_numbers("groups", self.groups))
         if self.clients_per_round is not None:
             object.__setattr__(self, "clients_per_round", str(self.clients_per_round))
             if self.sampling == "all" or self.sampling.startswith("fixed:"):
@@ -131,6 +133,13 @@ class Recipe:
     def hash(self) -> str:
         """The name of the experiment."""
         return config.digest(self.experiment())
+
+
+def _whole_numbers(key: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.strip("[]() ").split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"{key} {text!r}: give whole numbers, such as 4,2,1") from None
 
 
 def read(arguments: Sequence[str], program: str, about: str) -> tuple[Recipe, Any]:
@@ -174,4 +183,6 @@ def _named(arguments: Sequence[str]) -> str:
             found = config.peek(value).get("algorithm", found)
         elif key == "--algorithm":
             found = value
+    if not isinstance(found, str) or not found.strip(". "):
+        raise ConfigError(f"algorithm {found!r}: give a name, such as {Recipe.algorithm}")
     return found

@@ -47,7 +47,7 @@ class Session:
         """Run to the end, or to a signal. The server gets the summary of a finished run, the others None."""
         recipe, clients = self.recipe, len(self.host.parties.clients)
         rank, size = (SERVER, 1) if self.post is None else (self.post.transport.rank, self.post.transport.size)
-        placement = place(clients, size, recipe.ranks_per_client, recipe.groups)
+        placement = place(clients, size, recipe.ranks_per_client, tuple(map(int, recipe.groups)))
         vault = checkpoint.Vault(self.path / "checkpoints" / "clients")
         fed = Federation(placement, rank, self.post, vault=vault, near=self.near)
         hosted = placement.hosted_by(rank)

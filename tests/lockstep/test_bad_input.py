@@ -48,6 +48,8 @@ def said(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (("--sampling=all",), ["sampling all", "clients_per_round 5"]),
         (("--early_stop=1", "--eval_every=0"), ["early_stop 1", "eval_every"]),
         (("--train.hooks=no.Such",), ["no.Such"]),
+        (("--algorithm=",), ["algorithm ''", "fedavg"]),
+        (("--groups=4,two", "--train.engine=ddp"), ["groups '4,two'", "4,2,1"]),
         (("--algorithm=os.path",), ["os.path", "build_client"]),
     ],
 )

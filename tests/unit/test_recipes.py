@@ -42,3 +42,17 @@ def test_overrides_win_over_the_recipe_and_change_the_experiment() -> None:
 def test_a_packaged_recipe_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match="builtin:nothing"):
         recipe.read(["--config=builtin:nothing"], "test", "")
+
+
+@pytest.mark.parametrize(
+    "text", ["rounds: null", "train: [1, 2]", "train: 3", "- a", "algorithm: null", "algorithm: [a]", "rounds: {"]
+)
+def test_a_recipe_of_the_wrong_form_is_one_clear_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(ConfigError):
+        recipe.read([f"--config={tmp_path / 'wrong.yaml'}"], "test", "")
+
+
+def test_groups_are_written_as_people_write_them() -> None:
+    for text in ("4,2,1", "[4,2,1]"):
+        assert recipe.read([f"--groups={text}", "--train.engine=ddp"], "test", "")[0].groups == (4, 2, 1)
