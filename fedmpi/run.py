@@ -144,6 +144,10 @@ class Program:
         from fedmpi.host import Base, Host, pick_device
 
         wanted = self.recipe
+        if wanted.data.splitter == "given" and self.world.size > 1:  # silence would break a promise
+            raise ConfigError(
+                "data.splitter given: every rank would open every client's files; for now it runs in one process only"
+            )
         device = pick_device(wanted.device, self.world.local_rank)
         parties = data.federate(wanted.data, wanted.clients, wanted.seed)
         return Host(Base(wanted.model, wanted.peft, device, wanted.seed), parties, wanted.data, wanted.train, wanted.eval)

@@ -16,12 +16,6 @@ def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def subtract(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> Tensors:
-    """left - right, name by name."""
-    same_names(left, right)
-    return {name: left[name] - right[name] for name in left}
-
-
 def same_names(left: Mapping[str, object], right: Mapping[str, object]) -> None:
     """Raise a KeyError that lists what is missing and what is surplus."""
     missing, surplus = sorted(left.keys() - right.keys()), sorted(right.keys() - left.keys())
