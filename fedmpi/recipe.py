@@ -43,7 +43,7 @@ class Recipe:
         sampling: all, uniform, weighted (by data size), or fixed:0,3,5
         min_clients: fewer updates than this and the round does not count
         weights: an update weighs its client's training examples, 1, or the examples processed in the round
-        ranks_per_client: ranks that train one client together
+        ranks_per_client: ranks that train one client together, with train.engine ddp
         groups: unequal groups of ranks, such as 4,2,1
         threads: torch threads of every rank, whatever the launcher
         device: auto, cpu, cuda, or cuda:1
@@ -99,10 +99,13 @@ class Recipe:
                 raise ConfigError(f"{key} {getattr(self, key)}: at least {least} is needed")
         if self.clients is not None and self.clients < 1:
             raise ConfigError(f"clients {self.clients}: at least 1 is needed")
-        if (self.groups or self.ranks_per_client > 1) and self.train.engine == "plain":
+        grouped = bool(self.groups) or self.ranks_per_client > 1
+        if grouped and self.train.engine == "plain":
             raise ConfigError(
                 "ranks_per_client and groups make clients of several ranks, train.engine plain uses one: give train.engine ddp"
             )
+        if not grouped and self.train.engine != "plain":
+            raise ConfigError(f"train.engine {self.train.engine} is for groups of ranks: give ranks_per_client or groups as well")
         if isinstance(self.groups, str):
             object.__setattr__(self, "groups", _whole_numbers("groups", self.groups))
         if self.clients_per_round is not None:
@@ -113,7 +116,7 @@ class Recipe:
                 )
         if self.early_stop and not self.eval_every:
             raise ConfigError(f"early_stop {self.early_stop} needs evaluations: give eval_every 1 or more")
-        if self.scenario != "fed" and (self.groups or self.ranks_per_client > 1):
+        if self.scenario != "fed" and grouped:
             raise ConfigError(f"scenario {self.scenario} runs each client on one rank: leave ranks_per_client and groups out")
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s {self.timeout_s}: give seconds above 0")

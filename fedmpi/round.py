@@ -126,6 +126,7 @@ class Placement:
 
     seats: tuple[tuple[int, ...], ...]
     leader_of: tuple[int, ...]  # by client
+    clustered: bool = False  # groups were asked for: inside each of them, one rank or many, the world is the client
 
     @property
     def leaders(self) -> tuple[int, ...]:
@@ -146,13 +147,11 @@ def place(num_clients: int, size: int, ranks_per_client: int = 1, groups: Sequen
     """Place clients on ranks 1..size-1 in turn (rank 0 serves, and hosts all where it is alone)."""
     if num_clients < 1:
         raise ConfigError(f"clients {num_clients}: at least 1 is needed")
-    if size == 1:
-        seats: tuple[tuple[int, ...], ...] = ((0,),)
-    else:
-        seats = _seats(size - 1, ranks_per_client, groups)
-    if (groups or ranks_per_client > 1) and len(seats) > num_clients:
+    clustered = bool(groups) or ranks_per_client > 1
+    seats = ((0,),) if size == 1 and not clustered else _seats(size - 1, ranks_per_client, groups)
+    if clustered and len(seats) > num_clients:
         raise WorldError(f"{len(seats)} groups of ranks for {num_clients} clients: start fewer ranks or give fewer groups")
-    return Placement(seats, tuple(seats[c % len(seats)][0] for c in range(num_clients)))
+    return Placement(seats, tuple(seats[c % len(seats)][0] for c in range(num_clients)), clustered)
 
 
 def _seats(workers: int, ranks_per_client: int, groups: Sequence[int]) -> tuple[tuple[int, ...], ...]:

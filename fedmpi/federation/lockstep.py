@@ -4,6 +4,8 @@ Who leads is decided once, at construction: the rank that holds a Conductor is t
 clients at once. This module must never know what is trained, or how.
 """
 
+import json
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -41,7 +43,7 @@ class Federation:
     ledger: Ledger = field(default_factory=Ledger)
     _now: Round | None = None
     _meet_at: dict[int, str | None] = field(default_factory=dict)  # on the server: where each leader's members meet
-    _store: training.Host | None = None  # of this seat's inner world, on its leader
+    _store: training.Host | None = None  # of this group's inner world, on its leader
     _inner: training.InnerWorld | None = None
 
     def __post_init__(self) -> None:
@@ -114,7 +116,7 @@ class Federation:
         if self.post is None:
             return dict(num_examples)
         if self.rank != SERVER:
-            if self.leads and len(self.seat) > 1:
+            if self.leads and self.placement.clustered:
                 self._store = training.host(self.near)
             examples = {str(client): num for client, num in num_examples.items()} if self.leads else {}
             meet_at = self._store.address if self._store else None
@@ -160,8 +162,8 @@ class Federation:
         self._owned.resume(owned, self.placement.hosted_by(self.rank))
 
     def _sit_down(self, meet_at: str | None) -> None:
-        """Inside a client of several ranks the world is the client: its members meet at their leader's store."""
-        if len(self.seat) > 1 and meet_at is not None and self.post is not None:
+        """Inside a group the world is the client: its members meet at their leader's store."""
+        if meet_at is not None and self.post is not None:
             place, timeout_s = self.seat.index(self.rank), self.post.transport.timeout_s
             self._inner = training.join(
                 meet_at, place, len(self.seat), 0, timeout_s, role=f"ranks {self.seat[0]} to {self.seat[-1]}"
@@ -213,19 +215,30 @@ class Federation:
         """The client's boundary: what goes wrong inside is a Failure of this client, in this round, and of nobody else."""
         seed_everything(seed_for(rnd.seed, "turn", client.id))
         ready = replace(client, owned=self._owned.of(client.id))  # type: ignore[type-var]
+        trace = ""
         try:
-            update = work(ready)
+            outcome: Update | Failure = work(ready)
         except Aborted:
             raise
-        except Exception as error:
-            if len(self.seat) > 1:  # the other members are inside a collective of this turn: no part of the client can go on
-                raise
+        except Exception as error:  # noqa: BLE001 - the one place where anything may be caught; printed or told below
+            where = f"rank {self.rank}: " if self._inner is not None else ""
+            outcome = Failure(client.id, type(error).__name__, where + " ".join(str(error).split())[:2000])
             if not isinstance(error, FedmpiError):  # a fault of the program or the machine: its place matters
-                traceback.print_exc()
-            return Failure(client.id, type(error).__name__, " ".join(str(error).split())[:2000])
-        if update.owned is None:
-            return update
-        return replace(update, owned=None, owned_sha256=self._owned.offer(client.id, update.owned))
+                trace = traceback.format_exc()
+        agreed = self._agreed(outcome)
+        if trace and agreed == outcome:  # the other members of a client fail because of the first
+            print(trace, file=sys.stderr)
+        if isinstance(agreed, Failure) or agreed.owned is None:
+            return agreed
+        return replace(agreed, owned=None, owned_sha256=self._owned.offer(client.id, agreed.owned))
+
+    def _agreed(self, outcome: Update | Failure) -> Update | Failure:
+        """A client of several ranks has an update when all of them have; else its failure is that of the first to fail."""
+        if self._inner is None:
+            return outcome
+        said = json.dumps({"kind": outcome.kind, "message": outcome.message}) if isinstance(outcome, Failure) else None
+        fault = self._inner.settle(said)
+        return outcome if fault is None else Failure(outcome.client, **json.loads(fault))
 
     def _hand_in(self, rnd: Round, outcome: Update | Failure, post: Post) -> None:
         if isinstance(outcome, Failure):

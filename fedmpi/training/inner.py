@@ -7,8 +7,9 @@ it never reads or writes a launcher's variables.
 
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -48,6 +49,33 @@ class InnerWorld:
     generation: int
     timeout_s: float
     device: str
+    _turns: int = 0  # of this generation
+    _board: Any = field(default=None, repr=False)  # where members write how a turn ended; it outlives a broken process group
+
+    def settle(self, fault: str | None) -> str | None:
+        """Say how this member's turn ended and learn how the client's did: its first fault, the same on every member.
+
+        A fault breaks the process group, since the others may wait for this member inside a collective; once all have
+        said how they ended, they meet again on the next generation.
+        """
+        turn, self._turns = f"turn{self._turns}", self._turns + 1
+        if fault is not None:
+            self._board.compare_set(f"{turn}/fault", "", fault)  # the first to write wins: the other faults follow from it
+            self.leave()
+        self._board.set(f"{turn}/ended{self.rank}", "")
+        self._wait_for([f"{turn}/ended{member}" for member in range(self.size)])
+        if not self._board.check([f"{turn}/fault"]):
+            return None
+        first: bytes = self._board.get(f"{turn}/fault")
+        self.rebuild(self.generation + 1)
+        return first.decode()
+
+    def _wait_for(self, ended: list[str]) -> None:
+        try:
+            self._board.wait(ended, timedelta(seconds=self.timeout_s))
+        except RuntimeError as error:
+            silent = [member for member, key in enumerate(ended) if not self._board.check([key])]
+            raise PeerLost(f"{self}: members {silent} did not end their turn within {self.timeout_s} s of this one") from error
 
     def rebuild(self, generation: int) -> None:
         """Leave what is broken and meet the other members again; all of them must ask for the same, new generation."""
@@ -118,15 +146,19 @@ def _connect(world: InnerWorld) -> None:
     timeout = timedelta(seconds=world.timeout_s)
     prefix = f"inner/{world.role}/restart{world.restart}/generation{world.generation}"
     try:
-        # A client of its own for each generation: one that still waits for a key of the last would hold its lock.
-        store = dist.TCPStore(name, int(port), is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+        # Clients of their own for each generation: one that still waits for a key of the last would hold its lock.
+        store, board = (
+            dist.PrefixStore(prefix, dist.TCPStore(name, int(port), is_master=False, timeout=timeout))  # type: ignore[attr-defined]
+            for _ in range(2)
+        )
         dist.init_process_group(
             backend="gloo" if world.device == "cpu" else "cpu:gloo,cuda:nccl",
-            store=dist.PrefixStore(prefix, store),  # type: ignore[attr-defined]
+            store=store,
             rank=world.rank,
             world_size=world.size,
             timeout=timeout,
         )
+        world._turns, world._board = 0, board
     except RuntimeError as error:
         where = f"could not meet the others at {world.address} within {world.timeout_s} s"
         raise WorldError(f"{world} {where}: {_first_line(error)}") from error

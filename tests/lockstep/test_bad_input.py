@@ -43,6 +43,8 @@ def said(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (("--config=nowhere.yaml",), ["nowhere.yaml"]),
         (("--timeout_s=0",), ["timeout_s"]),
         (("--ranks_per_client=2",), ["train.engine ddp"]),
+        (("--train.engine=ddp",), ["train.engine ddp", "ranks_per_client or groups"]),
+        (("--ranks_per_client=2", "--train.engine=ddp"), ["groups [2] take 2 ranks", "start 3 ranks"]),
         (("--device=cuda",), ["GPU"]),
         (("--min_clients=6",), ["min_clients 6 of a cohort of 5"]),
         (("--sampling=all",), ["sampling all", "clients_per_round 5"]),

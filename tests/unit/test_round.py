@@ -71,6 +71,7 @@ def test_places() -> None:
     clustered = place(3, 8, groups=(4, 2, 1))
     assert clustered.seats == ((1, 2, 3, 4), (5, 6), (7,)) and clustered.leader_of == (1, 5, 7)
     assert clustered.hosted_by(3) == (0,) and clustered.seat_of(6) == (5, 6)
+    assert clustered.clustered and place(1, 2, groups=(1,)).clustered and not place(1, 2).clustered
     assert place(4, 5, ranks_per_client=2).leader_of == (1, 3, 1, 3)
 
 
@@ -84,6 +85,8 @@ def test_places() -> None:
         ((3, 6, 2, (5,)), ConfigError, "not both"),
         ((3, 2, 3), WorldError, "start 4 ranks"),
         ((3, 3, 1, (2, 0)), ConfigError, "at least 1 rank"),
+        ((3, 1, 2), WorldError, "start 3 ranks"),
+        ((3, 1, 1, (2, 1)), WorldError, "start 4 ranks"),
     ],
 )
 def test_impossible_places(arguments, error: type[Exception], words: str) -> None:
