@@ -60,7 +60,7 @@ def answers(given: argparse.Namespace) -> list[tuple[str, list[tuple[str, str]]]
     import torch
 
     from fedmpi.evaluation.decoding import Decoding
-    from fedmpi.evaluation.speaker import ModelSpeaker, adapted
+    from fedmpi.evaluation.speaker import ModelSpeaker
     from fedmpi.host import pick_device
 
     if given.batch_size < 1 or given.threads < 1:
@@ -74,9 +74,8 @@ def answers(given: argparse.Namespace) -> list[tuple[str, list[tuple[str, str]]]
     prompts = [data.render(prompt, given.input, wanted.data.template, tokenizer) for prompt in given.prompt]
     said = []
     for _, folder in voices:
-        model = base if folder is None else adapted(base, folder)
-        said.append(ModelSpeaker(model, tokenizer, given.batch_size).say(prompts, decoding, given.prompt))
-        base = model if folder is None else model.unload()
+        with models.worn(base, folder) as model:
+            said.append(ModelSpeaker(model, tokenizer, given.batch_size).say(prompts, decoding, given.prompt))
     titles = [title for title, _ in voices]
     return [
         (prompt, [(title, texts[i]) for title, texts in zip(titles, said, strict=True)]) for i, prompt in enumerate(given.prompt)

@@ -18,7 +18,7 @@ from fedmpi.tensors import Tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Base:
         return models.load_tokenizer(self.config)
 
     @property
-    def model(self) -> "PeftModel":
+    def model(self) -> "PreTrainedModel | PeftModel":
         """The backbone with the adapter on it. Hosted clients take turns on it: each loads its own values first."""
         return self._loaded[0]
 
@@ -46,8 +46,9 @@ class Base:
         return self._loaded[1]
 
     @cached_property
-    def _loaded(self) -> "tuple[PeftModel, Tensors]":
-        model = models.add_adapter(models.load_model(self.config, self.device), self.peft, self.seed)
+    def _loaded(self) -> "tuple[PreTrainedModel | PeftModel, Tensors]":
+        tokenizer = self.tokenizer if self.peft.init_text else None
+        model = models.add_adapter(models.load_model(self.config, self.device), self.peft, self.seed, tokenizer)
         return model, models.trainable(model)
 
     @property
@@ -103,27 +104,32 @@ class Host:
 
     def _tokenize(self, rows: "list[corpora.Row]") -> "tuple[list[corpora.Example], corpora.Counts]":
         longest = getattr(self.base.model.config, "max_position_embeddings", None)
-        if longest is not None and self.data.max_length > longest:
+        taken = models.virtual_positions(self.base.model)
+        if longest is not None and self.data.max_length + taken > longest:
+            virtual = f", of which virtual tokens take {taken}" if taken else ""
             raise ConfigError(
-                f"data.max_length is {self.data.max_length}, but {self.base.config.path} has {longest} positions: "
-                f"give at most {longest}, or a model that reads more"
+                f"data.max_length is {self.data.max_length}, but {self.base.config.path} has {longest} positions{virtual}: "
+                f"give at most {longest - taken}, or a model that reads more"
             )
         return corpora.tokenize(rows, self.base.tokenizer, self.data)
 
-    def score(self, adapter: Tensors) -> dict[str, float]:
-        """Held-out loss and token accuracy of an adapter on this base."""
-        models.load_trainable(self.base.model, adapter)
-        score = evaluation.heldout_loss(self.base.model, self.heldout, self.eval.batch_size, self.base.pad_id)
+    def _wearing(self, adapter: Tensors | None) -> Any:
+        """The model with an adapter's values; without one the backbone, since fresh virtual tokens are not nothing."""
+        models.load_trainable(self.base.model, self.base.fresh if adapter is None else adapter)
+        return models.bare(self.base.model) if adapter is None else self.base.model
+
+    def score(self, adapter: Tensors | None) -> dict[str, float]:
+        """Held-out loss and token accuracy of an adapter on this base, or of the base alone."""
+        score = evaluation.heldout_loss(self._wearing(adapter), self.heldout, self.eval.batch_size, self.base.pad_id)
         return {"eval_loss": score.loss, "eval_token_accuracy": score.token_accuracy}
 
-    def answer(self, adapter: Tensors) -> dict[str, Any]:
+    def answer(self, adapter: Tensors | None) -> dict[str, Any]:
         """Exact match of greedy answers on the held-out rows; nothing where the task asks for none."""
         task = self.eval.task
         if task == "none" or (task == "auto" and self.data.name != "builtin:toy"):
             return {}
-        models.load_trainable(self.base.model, adapter)
         score = evaluation.exact_match(
-            self.base.model,
+            self._wearing(adapter),
             self.base.tokenizer,
             self.parties.heldout[: self.eval.rows],
             self.data.template,

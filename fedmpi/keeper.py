@@ -46,7 +46,7 @@ class Keeper:
         conductor = self.fed.conductor
         assert conductor is not None
         if record is None:
-            self._line({"round": -1, "event": "evaluation", **self.host.score(server.adapter), **self._answer_base(server)})
+            self._line({"round": -1, "event": "evaluation", **self.host.score(None), **self._answer_base()})
         else:
             self.history = dict(record["history"])
             self.fed.ledger.totals.update(record["totals"])
@@ -131,9 +131,9 @@ class Keeper:
             "client_losses": {c: m["loss"] for c, m in sorted(outcome.metrics.items())},
         }
 
-    def _answer_base(self, server: Any) -> dict[str, Any]:
+    def _answer_base(self) -> dict[str, Any]:
         """The base model's answers; one solo run does not repeat what the federation's run tells."""
-        return {} if self.fed.post is None and self.title != "fed" else self.host.answer(server.adapter)
+        return {} if self.fed.post is None and self.title != "fed" else self.host.answer(None)
 
     def _line(self, line: dict[str, Any]) -> None:
         self.folder.pending.append(line)

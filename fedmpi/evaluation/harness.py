@@ -1,5 +1,6 @@
 """The door to lm-evaluation-harness: its tasks on our model and PEFT folder, as they are. It must never know our tasks."""
 
+import json
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,8 @@ def evaluate(
         lm_eval = import_module("lm_eval")
     except ModuleNotFoundError:
         raise ConfigError(f"--task lm_eval:{task} needs lm-evaluation-harness, which is not installed: {INSTALL}") from None
+    if adapter is not None:
+        _readable(adapter)
     arguments: dict[str, Any] = {"pretrained": models.base_of(model), "dtype": model.dtype}
     if adapter is not None:
         arguments["peft"] = str(adapter)
@@ -35,3 +38,12 @@ def evaluate(
         "records": found.get("samples", {}).get(task, []),
         "lm_eval": getattr(lm_eval, "__version__", None),
     }
+
+
+def _readable(adapter: Path) -> None:
+    """Refuse what the harness would score wrongly without a word: it finds a text's logits by their place from the front."""
+    kind = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+    if kind in ("P_TUNING", "PROMPT_TUNING"):
+        raise ConfigError(f"lm_eval tasks do not know the virtual tokens of {adapter} ({kind}): take a task of our own")
+    if kind is None:
+        raise ConfigError(f"{adapter} holds a whole model: give its folder, after python -m fedmpi.export RUN_DIR --merge")

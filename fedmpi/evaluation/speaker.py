@@ -5,7 +5,6 @@ So a prompt's answer depends on its key and the seed, not on its neighbours in a
 """
 
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from fedmpi import models
 from fedmpi.data.batching import collate
 from fedmpi.data.prompts import IGNORED, Example, encode_prompts, num_supervised
-from fedmpi.errors import ConfigError, ModelError
+from fedmpi.errors import ConfigError
 from fedmpi.evaluation.decoding import LEAST_PROMPT, Decoding, Measure, cut_at
 from fedmpi.evaluation.loss import inference
 from fedmpi.models.logits import supervised_logits
@@ -45,7 +44,8 @@ class ModelSpeaker:
     context: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.context = int(getattr(self.model.config, "max_position_embeddings", None) or UNKNOWN_CONTEXT)
+        known = getattr(self.model.config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
+        self.context = int(known) - models.virtual_positions(self.model)
 
     def lengths(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt."""
@@ -110,11 +110,12 @@ class ModelSpeaker:
         ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         draws = [_Draw(decoding, keys)] if decoding.temperature else []
-        looks = [_Stopped(self.tokenizer, width, decoding.stop)] if decoding.stop else []
         with inference(self.model), self._clock():
-            full = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+            model, inputs = models.to_continue(self.model, ids, mask)
+            start = width if "input_ids" in inputs else 0  # where new tokens begin in what comes back
+            looks = [_Stopped(self.tokenizer, start, decoding.stop)] if decoding.stop else []
+            full = model.generate(
+                **inputs,
                 max_new_tokens=longest,
                 eos_token_id=end,
                 pad_token_id=pad,
@@ -122,7 +123,7 @@ class ModelSpeaker:
                 stopping_criteria=StoppingCriteriaList(looks),
                 **PLAIN,
             )
-        return [row[: row.index(end)] if end in row else row for row in full[:, width:].tolist()]
+        return [row[: row.index(end)] if end in row else row for row in full[:, start:].tolist()]
 
     def _text(self, prompt: Sequence[int], answer: Sequence[int]) -> str:
         """What the answer adds to the prompt's text, white space included."""
@@ -146,22 +147,7 @@ class ModelSpeaker:
 def open_speaker(config: models.Config, adapter: Path | None, device: str, batch_size: int) -> ModelSpeaker:
     """The model, with the adapter of a PEFT folder on it where one is given."""
     tokenizer, model = models.load_tokenizer(config), models.load_model(config, device)
-    return ModelSpeaker(model if adapter is None else adapted(model, adapter), tokenizer, batch_size)
-
-
-def adapted(model: Any, folder: Path) -> Any:
-    """The model with an adapter of disk on it, ready to be asked."""
-    from peft import PeftModel
-
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} is no PEFT folder (no adapter_config.json): the run has not finished, or take another folder")
-    try:
-        with warnings.catch_warnings():  # peft asks transformers by names that are to change
-            warnings.simplefilter("ignore", FutureWarning)
-            return PeftModel.from_pretrained(model, folder).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"the adapter in {folder} does not fit the model: {type(error).__name__}: {reason}") from None
+    return ModelSpeaker(model if adapter is None else models.adapted(model, adapter), tokenizer, batch_size)
 
 
 class _Draw(LogitsProcessor):  # type: ignore[misc]

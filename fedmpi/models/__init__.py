@@ -7,15 +7,21 @@ from fedmpi.errors import ConfigError
 from fedmpi.lazy import door
 
 if TYPE_CHECKING:
+    from fedmpi.models.adapters import adapted as adapted
     from fedmpi.models.adapters import add_adapter as add_adapter
-    from fedmpi.models.adapters import find_targets as find_targets
+    from fedmpi.models.adapters import bare as bare
     from fedmpi.models.adapters import load_trainable as load_trainable
     from fedmpi.models.adapters import save_adapter as save_adapter
     from fedmpi.models.adapters import trainable as trainable
+    from fedmpi.models.adapters import worn as worn
     from fedmpi.models.backbone import base_of as base_of
     from fedmpi.models.backbone import load_model as load_model
     from fedmpi.models.backbone import load_tokenizer as load_tokenizer
     from fedmpi.models.backbone import public_name as public_name
+    from fedmpi.models.targets import find_targets as find_targets
+    from fedmpi.models.virtual import rows_in_front as rows_in_front
+    from fedmpi.models.virtual import to_continue as to_continue
+    from fedmpi.models.virtual import virtual_positions as virtual_positions
 
 
 @dataclass(frozen=True)
@@ -31,42 +37,75 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
+Method = Literal["lora", "prefix", "ptuning", "prompt", "none"]
+_READ_BY: dict[str, tuple[str, ...]] = {  # whose settings these are; another method would leave them unread
+    "target_modules": ("lora",),
+    "rslora": ("lora",),
+    "dora": ("lora",),
+    "dropout": ("lora", "ptuning"),
+    "init": ("lora", "prefix", "prompt"),
+    "init_text": ("prompt",),
+    "encoder": ("prefix", "ptuning"),
+}
+
+
 @dataclass(frozen=True)
 class PeftConfig:
     """What is trained on the frozen backbone.
 
     Args:
-        method: lora
-        rank: of the two factors
-        alpha: their product is scaled by alpha / rank
-        dropout: before the first factor, while training
-        init: how A begins, uniform like a linear layer, or gaussian; B is zero, so that an adapter begins as nothing
-        target_modules: names of linear modules, a list or joined by commas, or all-linear; default query and value projections
+        method: lora, prefix tuning, ptuning (P-tuning), prompt tuning, or none = the whole model
+        rank: of the two factors (lora)
+        alpha: their product is scaled by alpha / rank (lora)
+        rslora: scale by alpha / sqrt(rank) instead (lora)
+        dora: train the length of each weight's columns beside the factors (lora)
+        dropout: while training, before the first factor (lora), or between the layers of an lstm encoder (ptuning)
+        init: lora: A as a linear layer begins, or gaussian; prefix and prompt: like the model's embeddings, or gaussian = N(0, 1)
+        target_modules: names of linear modules, a list or joined by commas, or all-linear; default query and value (lora)
+        num_virtual_tokens: positions before the text (prefix, ptuning, prompt)
+        init_text: a prompt begins as the embeddings of this text, repeated or cut to its number of tokens (prompt)
+        encoder: what makes the virtual tokens, mlp or lstm; default mlp (ptuning) and none at all (prefix, which may have mlp)
     """
 
-    method: Literal["lora"] = "lora"
+    method: Method = "lora"
     rank: int = 8
     alpha: int = 16
+    rslora: bool = False
+    dora: bool = False
     dropout: float = 0.0
     init: Literal["default", "gaussian"] = "default"
     target_modules: tuple[str, ...] | str = ()
+    num_virtual_tokens: int = 20
+    init_text: str = ""
+    encoder: Literal["mlp", "lstm"] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no model could make sense of."""
+        """Refuse what no model could make sense of, and what the method would not read."""
         if isinstance(self.target_modules, str):
             object.__setattr__(
                 self, "target_modules", tuple(part.strip() for part in self.target_modules.split(",") if part.strip())
             )
-        if self.rank < 1:
-            raise ConfigError(f"peft.rank is {self.rank}: it must be at least 1")
+        for key in ("rank", "alpha", "num_virtual_tokens"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"peft.{key} is {getattr(self, key)}: it must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"peft.dropout is {self.dropout}: it must be at least 0 and less than 1")
+        for key, methods in _READ_BY.items():
+            if self.method not in methods and getattr(self, key) != getattr(type(self), key):
+                given, owners = getattr(self, key), " and ".join(methods)
+                raise ConfigError(f"peft.{key} is {given!r}, but peft.method {self.method} has none: it belongs to {owners}")
+        if self.encoder == "lstm" and self.method == "prefix":
+            raise ConfigError("peft.encoder is 'lstm', but peft.method prefix has mlp or none")
+        if self.dropout and self.method == "ptuning" and self.encoder != "lstm":
+            raise ConfigError(f"peft.dropout is {self.dropout}, but of the encoders of ptuning only lstm has one")
 
 
 __getattr__ = door(
     __name__,
     {
         **dict.fromkeys(("base_of", "public_name", "load_tokenizer", "load_model"), "backbone"),
-        **dict.fromkeys(("add_adapter", "find_targets", "trainable", "load_trainable", "save_adapter"), "adapters"),
+        **dict.fromkeys(("add_adapter", "trainable", "load_trainable", "save_adapter", "adapted", "worn", "bare"), "adapters"),
+        **dict.fromkeys(("virtual_positions", "rows_in_front", "to_continue"), "virtual"),
+        "find_targets": "targets",
     },
 )

@@ -1,70 +1,44 @@
-"""Adapters: LoRA on a frozen backbone, as named tensors and as a PEFT folder. It must never know who trains it."""
+"""Adapters: what is trained on a backbone, as named tensors and as a folder. It must never know who trains it."""
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.func import functional_call
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmpi.errors import ModelError
 from fedmpi.models import PeftConfig
-from fedmpi.models.backbone import decoder_layers
-from fedmpi.seeding import seed_for
+from fedmpi.models.methods import describe, initialise
 from fedmpi.tensors import Tensors, save_file
 
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft 0.21 asks transformers 5.23 by an old name
 
-ALL_LINEAR = "all-linear"
 ADAPTER = "default"
-# How decoders name their projections. A model that has only a fused one gets its adapter there.
-QUERY_AND_VALUE = (
-    ("q_proj", "v_proj"),
-    ("query", "value"),
-    ("q", "v"),
-    ("wq", "wv"),
-    ("q_lin", "v_lin"),
-    ("to_q", "to_v"),
-)
-FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "wqkv", "W_pack", "in_proj")
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+WHOLE = {"method": "none"}  # what stands in the settings where no adapter but the whole model was trained
 
 
-def add_adapter(model: PreTrainedModel, peft: PeftConfig, seed: int) -> PeftModel:
-    """Wrap the model with a fresh adapter: in fp32, equal for equal seeds on every device, nothing else changed."""
-    targets: str | list[str] = (
-        ALL_LINEAR if peft.target_modules == (ALL_LINEAR,) else find_targets(model, tuple(peft.target_modules))
-    )
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=peft.rank,
-        lora_alpha=peft.alpha,
-        lora_dropout=peft.dropout,
-        init_lora_weights="gaussian" if peft.init == "gaussian" else True,
-        target_modules=targets,
-        fan_in_fan_out=_all_conv1d(model, targets),
-    )
+def add_adapter(
+    model: PreTrainedModel, peft: PeftConfig, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel | PeftModel:
+    """Wrap the model with what the method trains: in fp32, equal for equal seeds on every device, nothing else changed.
+
+    The tokenizer turns `init_text` into a prompt; no other method looks at it. With method none it is the model that is trained.
+    """
+    if peft.method == "none":
+        return model.float().requires_grad_(True).eval()
     with torch.random.fork_rng(devices=[]):  # peft draws numbers that are replaced below
-        adapted = get_peft_model(model, config)
-    _initialise(adapted, peft, seed)
+        adapted = get_peft_model(model, describe(model, peft))
+    initialise(adapted, peft, seed, tokenizer)
     return adapted.eval()
-
-
-def find_targets(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
-    """The modules that get an adapter: those wanted, else query and value projections of the repeated layers."""
-    if not wanted:
-        return _query_and_value(model)
-    names = [name for name, module in model.named_modules() if _is_linear(module)]
-    nothing = sorted(target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in names))
-    if nothing:
-        raise ModelError(
-            f"peft.target_modules {', '.join(nothing)} match no module: "
-            f"the model has {', '.join(_leaves(model))}, or say {ALL_LINEAR}"
-        )
-    return sorted(set(wanted))
 
 
 def trainable(model: torch.nn.Module) -> Tensors:
@@ -93,66 +67,85 @@ def load_trainable(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) 
         parameter.copy_(tensors[name])
 
 
-def save_adapter(model: PeftModel, tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
-    """Write a PEFT folder whose bytes depend on the values alone: no path, no date, no order of a set."""
+def save_adapter(model: PreTrainedModel | PeftModel, tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
+    """Write a PEFT folder whose bytes depend on the values alone: no path, no date, no order of a set.
+
+    Where the whole model was trained, peft has no form for it: the folder then holds the trained tensors under their own names.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
+    if isinstance(model, PeftModel):
+        state, settings = _peft_state(model, tensors), {**model.peft_config[ADAPTER].to_dict(), "inference_mode": True}
+    else:
+        state, settings = dict(tensors), {**WHOLE, "base_model_name_or_path": model.name_or_path}
+    save_file({name: state[name].detach().cpu() for name in sorted(state)}, folder / WEIGHTS, metadata={"format": "pt"})
+    text = json.dumps(settings, indent=2, sort_keys=True, default=_plain)
+    (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
+
+
+def adapted(model: PreTrainedModel, folder: Path) -> Any:
+    """The model with what a folder holds on it, ready to be asked."""
+    if not (folder / SETTINGS).is_file():
+        raise ModelError(f"{folder} is no PEFT folder (no {SETTINGS}): the run has not finished, or take another folder")
+    try:
+        if _is_whole(folder):
+            load_trainable(model.float().requires_grad_(True), load_file(folder / WEIGHTS))
+            return model.requires_grad_(False).eval()
+        with warnings.catch_warnings():  # peft asks transformers by names that are to change
+            warnings.simplefilter("ignore", FutureWarning)
+            return PeftModel.from_pretrained(model, folder).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"the adapter in {folder} does not fit the model: {type(error).__name__}: {reason}") from None
+
+
+@contextmanager
+def worn(model: PreTrainedModel, folder: Path | None) -> Iterator[Any]:
+    """The model with what a folder holds on it, for a while; without a folder, the model as it is."""
+    if folder is None:
+        yield model
+        return
+    dtype = model.dtype
+    kept = {name: tensor.clone() for name, tensor in model.named_parameters()} if _is_whole(folder) else {}
+    wearing = adapted(model, folder)
+    try:
+        yield wearing
+    finally:
+        if kept:
+            model.to(dtype).load_state_dict(kept, strict=False)
+        elif bare(wearing) is wearing:  # it stands in the model's own modules
+            wearing.unload()
+
+
+def bare(model: Any) -> Any:
+    """The backbone as it was, where an adapter stands before it rather than in it; else the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning else model
+
+
+def _peft_state(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """The tensors as peft keeps them: an encoder of virtual tokens leaves what it says, not itself."""
+    if model.active_peft_config.is_prompt_learning:
+        return {"prompt_embeddings": _said(model, tensors)}
+    state: Tensors = get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
     if len(state) != len(tensors):
         raise ModelError(f"PEFT would save {len(state)} of the adapter's {len(tensors)} tensors: it would not be whole")
-    ordered = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
-    save_file(ordered, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = {**model.peft_config[ADAPTER].to_dict(), "inference_mode": True}
-    text = json.dumps(settings, indent=2, sort_keys=True, default=_plain)
-    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    return state
 
 
-def _initialise(model: PeftModel, peft: PeftConfig, seed: int) -> None:
-    """A from the seed and its own name, so that neither the order of modules nor the device matters; B zero."""
-    for name, parameter in _trained(model).items():
-        if ".lora_A." not in name:
-            torch.nn.init.zeros_(parameter)
-            continue
-        generator = torch.Generator().manual_seed(seed_for(seed, "adapter", name))
-        values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-        if peft.init == "gaussian":
-            values.normal_(0, 1 / peft.rank, generator=generator)
-        else:  # the uniform range of a fresh linear layer
-            bound = parameter.shape[1] ** -0.5
-            values.uniform_(-bound, bound, generator=generator)
-        with torch.no_grad():
-            parameter.copy_(values)
+@torch.no_grad()
+def _said(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the encoder with these values makes of the virtual tokens, computed where and as the model computes it."""
+    encoder, prefix = model.prompt_encoder[ADAPTER], f"prompt_encoder.{ADAPTER}."
+    device, was_training = encoder.embedding.weight.device, encoder.training
+    values = {name.removeprefix(prefix): tensor.to(device) for name, tensor in tensors.items()}
+    said: torch.Tensor = functional_call(encoder.eval(), values, (model.prompt_tokens[ADAPTER].to(device)[None],))
+    encoder.train(was_training)
+    return said[0]
 
 
-def _query_and_value(model: PreTrainedModel) -> list[str]:
-    leaves = set(_leaves(decoder_layers(model)))
-    for pair in QUERY_AND_VALUE:
-        if leaves.issuperset(pair):
-            return sorted(pair)
-    for fused in FUSED:
-        if fused in leaves:
-            return [fused]
-    raise ModelError(
-        f"no query and value projections found in {type(model).__name__}: name modules in peft.target_modules; "
-        f"its layers have {', '.join(sorted(leaves)) or 'no linear modules'}"
-    )
-
-
-def _leaves(model: torch.nn.Module) -> list[str]:
-    """The last name parts of all linear modules."""
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
-
-
-def _is_linear(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear | Conv1D)
-
-
-def _all_conv1d(model: PreTrainedModel, targets: str | list[str]) -> bool:
-    """GPT-2's transposed layers must be announced to peft."""
-    chosen = [
-        m for name, m in model.named_modules() if _is_linear(m) and (targets == ALL_LINEAR or name.rpartition(".")[2] in targets)
-    ]
-    return bool(chosen) and all(isinstance(module, Conv1D) for module in chosen)
+def _is_whole(folder: Path) -> bool:
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8")) if (folder / SETTINGS).is_file() else {}
+    return WHOLE.items() <= settings.items()
 
 
 def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -162,4 +155,4 @@ def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def _plain(value: Any) -> Any:
     if isinstance(value, set | frozenset | tuple):
         return sorted(value)
-    raise TypeError(f"{type(value).__name__} cannot stand in adapter_config.json")
+    raise TypeError(f"{type(value).__name__} cannot stand in {SETTINGS}")

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fedmpi.models.virtual import rows_in_front
+
 IGNORED = -100
 
 
@@ -14,7 +16,7 @@ def supervised_logits(model: torch.nn.Module, batch: Any, device: torch.device) 
     """Logits (one row per supervised token, in reading order) and the tokens that they should predict.
 
     A position counts when its next token is supervised. Places are found on the CPU, where batches are made, so that a
-    GPU is not waited for; the head runs only on the columns that some row of the batch needs.
+    GPU is not waited for; the head runs only on the columns that some row of the batch needs. Virtual tokens shift them.
     """
     targets = batch.labels[:, 1:]
     columns = (targets != IGNORED).any(0).nonzero()[:, 0]
@@ -23,6 +25,7 @@ def supervised_logits(model: torch.nn.Module, batch: Any, device: torch.device) 
     targets = targets[:, columns]
     places = (targets != IGNORED).flatten().nonzero()[:, 0]
     inputs = {key: getattr(batch, key).to(device) for key in ("input_ids", "attention_mask")}
+    columns = columns + rows_in_front(model)
     if _takes_columns(type(_innermost(model)).forward):
         logits = model(**inputs, use_cache=False, logits_to_keep=columns.to(device)).logits
     else:
