@@ -5,8 +5,8 @@ ranks or rounds.
 """
 
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,8 @@ class Host:
     data: corpora.Config
     train: training.Config
     eval: evaluation.Config
-    _examples: dict[int, list[corpora.Example]] = field(default_factory=dict)
+    _examples: "dict[int, tuple[list[corpora.Example], corpora.Counts]]" = field(default_factory=dict)
+    _kept_back: "dict[int, list[corpora.Example]]" = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Only the tokenizer knows the text of a chat template."""
@@ -76,31 +77,47 @@ class Host:
 
     def alone(self, client: int) -> "Host":
         """The same process with one client of these as the only one: what a party could do by itself."""
-        rows = self.parties.clients[client].train
-        return self._with(corpora.ClientData(0, rows, self.parties.clients[client].heldout))
+        one = self.parties.clients[client]
+        return self._with(replace(one, id=0), self.parties.sites.get(client, {}))
 
     def pooled(self) -> "Host":
         """The same process with all rows at one client: what could be done if the data were in one place."""
         rows = [row for client in self.parties.clients for row in client.train]
-        return self._with(corpora.ClientData(0, rows, self.parties.heldout))
+        return self._with(corpora.ClientData(0, rows, self.parties.heldout), {})
 
-    def _with(self, client: "corpora.ClientData") -> "Host":
-        return replace(self, parties=replace(self.parties, clients=(client,)), _examples={})
+    def _with(self, client: "corpora.ClientData", site: Mapping[str, object]) -> "Host":
+        return replace(self, parties=replace(self.parties, clients=(client,), sites={0: site}), _examples={}, _kept_back={})
 
     def examples(self, client: int) -> "list[corpora.Example]":
         """A client's training examples, tokenised on first use."""
+        return self._own(client)[0]
+
+    def about(self, client: int) -> dict[str, Any]:
+        """What a client's rank tells of its rows: how many were cut or dropped, and with splitter given of what file."""
+        return {"samples": asdict(self._own(client)[1]), **self.parties.sites.get(client, {})}
+
+    def _own(self, client: int) -> "tuple[list[corpora.Example], corpora.Counts]":
         if client not in self._examples:
             rows = self.parties.clients[client].train
             examples, counts = self._tokenize(rows)
             if not examples:
                 raise DataError(f"client {client}: none of its {len(rows)} rows has a token to learn from ({counts})")
-            self._examples[client] = corpora.ByLength(examples) if self.data.group_by_length else examples
+            self._examples[client] = corpora.ByLength(examples) if self.data.group_by_length else examples, counts
         return self._examples[client]
 
-    @cached_property
+    @property
     def heldout(self) -> "list[corpora.Example]":
         """The rows that nobody trained on, tokenised."""
-        return self._tokenize(self.parties.heldout)[0]
+        return self._heldout[0]
+
+    @property
+    def heldout_samples(self) -> dict[str, int]:
+        """How many of the held-out rows were cut or dropped."""
+        return asdict(self._heldout[1])
+
+    @cached_property
+    def _heldout(self) -> "tuple[list[corpora.Example], corpora.Counts]":
+        return self._tokenize(self.parties.heldout)
 
     def _tokenize(self, rows: "list[corpora.Row]") -> "tuple[list[corpora.Example], corpora.Counts]":
         longest = getattr(self.base.model.config, "max_position_embeddings", None)
@@ -123,10 +140,21 @@ class Host:
         score = evaluation.heldout_loss(self._wearing(adapter), self.heldout, self.eval.batch_size, self.base.pad_id)
         return {"eval_loss": score.loss, "eval_token_accuracy": score.token_accuracy}
 
+    def score_each(self, adapter: Tensors, clients: Collection[int]) -> dict[int, Mapping[str, float]]:
+        """The same for each of these clients on what it holds out itself, for rows that may not leave their rank."""
+        model = self._wearing(adapter or None)
+        found: dict[int, Mapping[str, float]] = {}
+        for client in clients:
+            if client not in self._kept_back:
+                self._kept_back[client] = self._tokenize(self.parties.clients[client].heldout)[0]
+            rows = self._kept_back[client]
+            found[client] = asdict(evaluation.heldout_loss(model, rows, self.eval.batch_size, self.base.pad_id))
+        return found
+
     def answer(self, adapter: Tensors | None) -> dict[str, Any]:
         """Exact match of greedy answers on the held-out rows; nothing where the task asks for none."""
         task = self.eval.task
-        if task == "none" or (task == "auto" and self.data.name != "builtin:toy"):
+        if task == "none" or (task == "auto" and self.data.name != "builtin:toy") or not self.parties.heldout:
             return {}
         score = evaluation.exact_match(
             self._wearing(adapter),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any
 
-from fedmpi import aggregation, checkpoint, models
+from fedmpi import aggregation, checkpoint, evaluation, models
 from fedmpi.errors import QuorumLost
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import Federation
@@ -46,7 +46,7 @@ class Keeper:
         conductor = self.fed.conductor
         assert conductor is not None
         if record is None:
-            self._line({"round": -1, "event": "evaluation", **self.host.score(None), **self._answer_base()})
+            self._line({"round": -1, "event": "evaluation", **self._score(None), **self._answer_base()})
         else:
             self.history = dict(record["history"])
             self.fed.ledger.totals.update(record["totals"])
@@ -77,10 +77,10 @@ class Keeper:
     def _after_round(self, rnd: Round, server: Any, began: float, progress: Progress) -> None:
         conductor = self.fed.conductor
         assert conductor is not None
-        line = self._figures(rnd)
         last = rnd.index + 1 >= self.recipe.rounds
-        if last or (self.recipe.eval_every and (rnd.index + 1) % self.recipe.eval_every == 0):
-            line.update(self.host.score(server.adapter))
+        due = last or (self.recipe.eval_every and (rnd.index + 1) % self.recipe.eval_every == 0)
+        scores = self._score(server.adapter) if due else {}  # first: what it sends belongs to this round
+        line = {**self._figures(rnd), **scores}
         line["seconds"] = time.monotonic() - began
         self._line(line)
         self.owned.update(self.fed.outcome.owned)
@@ -131,6 +131,12 @@ class Keeper:
             "client_losses": {c: m["loss"] for c, m in sorted(outcome.metrics.items())},
         }
 
+    def _score(self, adapter: Tensors | None) -> dict[str, float]:
+        """Held-out loss, without an adapter of the base: on rows that the server has, else on each client's own rank."""
+        if self.host.parties.heldout:
+            return self.host.score(adapter)
+        return evaluation.overall(self.fed.measure(adapter or {}))
+
     def _answer_base(self) -> dict[str, Any]:
         """The base model's answers; one solo run does not repeat what the federation's run tells."""
         return {} if self.fed.post is None and self.title != "fed" else self.host.answer(None)
@@ -163,7 +169,7 @@ class Keeper:
             "step_s": self.history["train_s"] / max(1.0, self.history["steps"]),
             "trainable_share": trained_share(server.adapter, self.host.base.model),
             "adapter_sha256": checkpoint.file_sha256(self.folder.path / "adapter" / "adapter_model.safetensors"),
-            "data": self.host.parties.record,
+            "heldout_samples": self.host.heldout_samples,
             **environment(),
             **facts,
         }

@@ -10,14 +10,16 @@ class Ledger:
 
     up: Counter[int] = field(default_factory=Counter)  # this round, by client
     down: Counter[int] = field(default_factory=Counter)  # this round, by the client that the copy was for
+    asked_bytes: int = 0  # since the last round was closed: what was sent to be scored where the rows are
     totals: Counter[str] = field(default_factory=Counter)
     _links: int = 0  # all bytes on the links when the last round was closed
 
     def close_round(self, links: int = 0) -> dict[str, int]:
         """The round's figures, given all bytes that have been on the links so far; then the columns start anew."""
-        carried = self.up.total() + self.down.total()
+        carried = self.up.total() + self.down.total() + self.asked_bytes
         control = links - self._links - carried if links else 0
         row = {"up_bytes": self.up.total(), "down_bytes": self.down.total(), "control_bytes": control}
+        row |= {"scoring_bytes": self.asked_bytes} if self.asked_bytes else {}
         self.totals.update(row)
-        self.up, self.down, self._links = Counter(), Counter(), links
+        self.up, self.down, self.asked_bytes, self._links = Counter(), Counter(), 0, links
         return row

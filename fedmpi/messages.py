@@ -58,6 +58,8 @@ class Kind(IntEnum):
     MANIFEST = 11
     REPORT = 12
     FAREWELL = 13
+    QUESTION = 14
+    ANSWER = 15
 
 
 @dataclass(frozen=True)

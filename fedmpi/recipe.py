@@ -118,6 +118,11 @@ class Recipe:
             raise ConfigError(f"early_stop {self.early_stop} needs evaluations: give eval_every 1 or more")
         if self.scenario != "fed" and grouped:
             raise ConfigError(f"scenario {self.scenario} runs each client on one rank: leave ranks_per_client and groups out")
+        if self.scenario in ("global", "all") and self.data.splitter == "given":
+            raise ConfigError(
+                f"scenario {self.scenario} puts all rows in one place, data.splitter given leaves them where they are: "
+                "give scenario fed or local"
+            )
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s {self.timeout_s}: give seconds above 0")
         if self.sampling not in ("all", "uniform", "weighted") and not self.sampling.startswith("fixed:"):

@@ -144,13 +144,21 @@ class Program:
         from fedmpi.host import Base, Host, pick_device
 
         wanted = self.recipe
-        if wanted.data.splitter == "given" and self.world.size > 1:  # silence would break a promise
-            raise ConfigError(
-                "data.splitter given: every rank would open every client's files; for now it runs in one process only"
-            )
         device = pick_device(wanted.device, self.world.local_rank)
-        parties = data.federate(wanted.data, wanted.clients, wanted.seed)
+        measures = self.world.rank == 0 or wanted.scenario != "fed"
+        parties = data.federate(wanted.data, wanted.clients, wanted.seed, self._own_clients(), measures)
         return Host(Base(wanted.model, wanted.peft, device, wanted.seed), parties, wanted.data, wanted.train, wanted.eval)
+
+    def _own_clients(self) -> "tuple[int, ...] | None":
+        """Whose files this rank may open where each client brings its own; None: there is nothing to keep apart."""
+        from fedmpi.round import place
+
+        wanted = self.recipe
+        if wanted.data.splitter != "given" or wanted.clients is None:
+            return None
+        return place(wanted.clients, self.world.size, wanted.ranks_per_client, tuple(map(int, wanted.groups))).hosted_by(
+            self.world.rank
+        )
 
     def _path(self) -> Path:
         return Path(self.recipe.run_dir or f"runs/{self.recipe.algorithm.rsplit('.', 1)[-1]}-{self._identity()[0]}")

@@ -5,6 +5,7 @@ It knows any algorithm by the names that its file exports, and nothing of what t
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,11 +50,12 @@ class Session:
         rank, size = (SERVER, 1) if self.post is None else (self.post.transport.rank, self.post.transport.size)
         placement = place(clients, size, recipe.ranks_per_client, tuple(map(int, recipe.groups)))
         vault = checkpoint.Vault(self.path / "checkpoints" / "clients")
-        fed = Federation(placement, rank, self.post, vault=vault, near=self.near)
         hosted = placement.hosted_by(rank)
+        answer = partial(self.host.score_each, clients=hosted)
+        fed = Federation(placement, rank, self.post, vault=vault, near=self.near, answer=answer)
         # ranks that read other rows are as foreign as ranks with other settings
         experiment = f"{self.experiment} on data {config.digest(self.host.parties.record)}"
-        sizes = fed.greet(experiment, {c: len(self.host.examples(c)) for c in hosted})
+        sizes = fed.greet(experiment, {c: len(self.host.examples(c)) for c in hosted}, {c: self.host.about(c) for c in hosted})
         parties = {c: self.algorithm.build_client(self.own, self.host, c) for c in hosted}
         if rank != SERVER:
             if not hosted:
@@ -75,14 +77,16 @@ class Session:
         folder = RunFolder(self.path, self.experiment, recipe.keep)
         folder.claim("auto", self.settings)  # the program has looked at --resume; what is in the folder is its own
         committed = folder.resume()
-        done = folder.summary()
+        done, rows = folder.summary(), self.host.parties.known(fed.about)
+        facts = {**self.facts, "data": rows}
         if committed:
-            folder.same_data(self.host.parties.record)
+            folder.same_data(rows)
         if not done:
-            folder.describe({**self.facts, "data": self.host.parties.record})
+            folder.describe(facts)
         fed.conductor = self._conductor(sizes, committed.round + 1 if committed else 0)
         if not self.quiet:
             print(f"fedmpi: {self.title}: {described(sizes)}, weights by {recipe.weights}{_standing(committed, done)}", flush=True)
+            print(f"fedmpi: {self.title}: {lost(rows['samples'], self.host.data.max_length)}", flush=True)
         server = None if done else self.algorithm.build_server(self.own, self.host)
         if committed is not None and server is not None:
             server = restored(server, committed.tensors)
@@ -97,7 +101,7 @@ class Session:
         else:
             server = keeper.rounds(server, parties, committed.record if committed else None)
         fed.farewell()
-        return fed.end, done or (keeper.finish(server, self.facts) if fed.end is End.FINISHED else None)
+        return fed.end, done or (keeper.finish(server, facts) if fed.end is End.FINISHED else None)
 
     def _conductor(self, sizes: Mapping[int, int], first_round: int) -> Conductor:
         recipe, num_clients = self.recipe, len(sizes)
@@ -123,6 +127,13 @@ def _standing(committed: checkpoint.Committed | None, done: object) -> str:
     if done:
         return "; finished before, nothing to do"
     return f"; continues after round {committed.round + 1}" if committed else ""
+
+
+def lost(samples: Any, max_length: int) -> str:
+    """What of the clients' rows is not trained on, so that nobody has to guess."""
+    rows, cut, ends, dropped = (sum(samples[key]) for key in ("rows", "cut", "cut_responses", "dropped"))
+    told = f"{cut} of {rows} training rows are cut to {max_length} tokens ({ends} of them in the response)"
+    return f"{told}, {dropped} have nothing to learn and are dropped"
 
 
 def described(sizes: Mapping[int, int]) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedmpi.data.clients import ClientData as ClientData
     from fedmpi.data.clients import Federated as Federated
     from fedmpi.data.clients import federate as federate
+    from fedmpi.data.clients import has_common as has_common
     from fedmpi.data.corpora import Corpus as Corpus
     from fedmpi.data.corpora import Row as Row
     from fedmpi.data.corpora import load as load
@@ -90,7 +91,7 @@ __getattr__ = door(
     {
         **dict.fromkeys(("CORPORA", "FEDERATED", "Declaration"), "declared"),
         **dict.fromkeys(("Row", "Corpus", "load"), "corpora"),
-        **dict.fromkeys(("ClientData", "Federated", "federate"), "clients"),
+        **dict.fromkeys(("ClientData", "Federated", "federate", "has_common"), "clients"),
         **dict.fromkeys(("split", "follow"), "splitters"),
         **dict.fromkeys(("TEMPLATES", "render", "template_hash", "encode_prompts", "prompt_ids", "Example", "Counts"), "prompts"),
         "tokenize": "cache",

@@ -96,7 +96,7 @@ def compare(federated: Federated, published: Published) -> list[str]:
 
 
 def _volume(federated: Federated, client: ClientData) -> int:
-    from_clients = len(federated.heldout) and str(federated.record["heldout"]).endswith("of each client's rows")
+    from_clients = len(federated.heldout) and federated.heldout_from.endswith("of each client's rows")
     return len(client.train) + (len(client.heldout) if from_clients else 0)
 
 
@@ -109,18 +109,18 @@ def _named(share: dict[str, int]) -> str:
 def _totals(federated: Federated) -> list[str]:
     train = numpy.array([len(client.train) for client in federated.clients])
     record = federated.record
-    counts = f"{train.sum()} training rows, {len(federated.heldout)} held out ({record['heldout']})"
+    counts = f"{train.sum()} training rows, {len(federated.heldout)} held out ({federated.heldout_from})"
     lines = [
         f"{record['name']}, splitter {record['splitter']}: {len(train)} clients, {counts}",
         f"rows to train on: max {train.max()}, min {train.min()}, mean {train.mean():.1f}, std {train.std():.2f}",
     ]
-    return [*lines, *_left_out(record)]
+    return [*lines, *_left_out(federated)]
 
 
-def _left_out(record: dict[str, object]) -> list[str]:
+def _left_out(federated: Federated) -> list[str]:
     """What of the files is not among the rows, or was changed in them."""
     lines = []
-    files = record["files"]
+    files = federated.record.get("files") or {f"client {client}": facts for client, facts in federated.sites.items()}
     assert isinstance(files, dict)
     for part, facts in files.items():
         if facts.get("dropped"):

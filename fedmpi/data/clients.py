@@ -1,9 +1,10 @@
 """From a corpus to its clients: who trains on which rows, and is measured on which. It must never know ranks."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 
@@ -15,6 +16,7 @@ from fedmpi.seeding import seed_for
 
 COMMON = "heldout"  # with splitter given: site/heldout.jsonl beside the clients' files
 HELDOUT_SHARE = 0.1  # of each client's rows, where a corpus has no test split
+SAMPLES = ("rows", "tokens", "cut", "cut_responses", "dropped")
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,31 @@ class Federated:
     clients: tuple[ClientData, ...]
     heldout: list[Row]
     client_categories: tuple[dict[str, int], ...]  # training rows by category, or by root verb where that is the splitter
-    record: dict[str, object]
+    record: dict[str, object]  # equal on every rank
+    heldout_from: str
+    sites: Mapping[int, Mapping[str, object]] = field(default_factory=dict)  # splitter given: of each client opened here
+
+    def known(self, told: Mapping[int, Mapping[str, Any]]) -> dict[str, object]:
+        """The record with what the clients' ranks tell of their rows; with splitter given nobody else knows it."""
+        by_client = [told[client] for client in sorted(told)]
+        found: dict[str, object] = {"samples": {key: [int(one["samples"][key]) for one in by_client] for key in SAMPLES}}
+        if self.record["splitter"] == "given":
+            found |= {key: [int(one[key]) for one in by_client] for key in ("train_rows", "heldout_rows")}
+            found["sha256"] = [str(one["sha256"]) for one in by_client]
+        return {**self.record, "heldout": self.heldout_from, **found}
 
 
-def federate(config: Config, num_clients: int | None, seed: int, only: Collection[int] | None = None) -> Federated:
+def federate(
+    config: Config, num_clients: int | None, seed: int, only: Collection[int] | None = None, measures: bool = True
+) -> Federated:
     """Load the corpus and deal it. None clients: as many as the data set fixes.
 
-    With splitter given, `only` says which clients' files are opened; the others stand in the result with no rows.
+    With splitter given, `only` says which clients' files are opened; the others stand in the result with no rows. Then
+    `heldout` holds the rows of site/heldout.jsonl for who measures, none where there is no such file: what clients hold out
+    stays with them.
     """
     if config.splitter == "given":
-        return _given(config, num_clients, seed, only)
+        return _given(config, num_clients, seed, only, measures)
     corpus = _with_test(corpora.load(config, seed), config.heldout_per_category, seed)
     splitter = _splitter(config, corpus)
     clients = _num_clients(num_clients, corpus, splitter)
@@ -56,10 +73,10 @@ def federate(config: Config, num_clients: int | None, seed: int, only: Collectio
     data = tuple(ClientData(client, train, heldout) for client, (train, heldout) in enumerate(pairs))
     heldout = corpus.test or [row for client in data for row in client.heldout]
     shares = tuple(_counts(_labels(client.train, splitter)) for client in data)
-    return Federated(data, heldout, shares, _record(config, corpus, splitter, data, shares))
+    return Federated(data, heldout, shares, _record(config, corpus, splitter, data, shares), _heldout(config, corpus, data))
 
 
-def _given(config: Config, num_clients: int | None, seed: int, only: Collection[int] | None) -> Federated:
+def _given(config: Config, num_clients: int | None, seed: int, only: Collection[int] | None, measures: bool) -> Federated:
     """Every client has a file of its own; only the wanted ones are opened, and nobody holds rows of another.
 
     A file that stands at `heldout` in the place of a client is nobody's and is what the server may measure with.
@@ -79,13 +96,20 @@ def _given(config: Config, num_clients: int | None, seed: int, only: Collection[
     pairs = {client: (c.train, c.test) if c.test else _hold_out(c.train, client, seed) for client, c in opened.items()}
     data = tuple(ClientData(client, *pairs.get(client, ([], []))) for client in range(num_clients))
     shares = tuple(_counts([row.category for row in client.train]) for client in data)
-    common = _site(config, COMMON, seed).train if Path(_path(config, COMMON)).expanduser().exists() else []
-    heldout = common or [row for client in data for row in client.heldout]
-    facts: dict[str, object] = {f"client {client}": dict(c.files["train"]) for client, c in opened.items()}
-    whole = Corpus(config.name, [], [], corpora.declaration(config.name))
-    record = {**_record(config, whole, "given", data, shares), "files": facts, "opened": list(wanted)}
-    record |= {"heldout": f"{len(common)} rows in a file of their own"} if common else {}
-    return Federated(data, heldout, shares, record)
+    common = _site(config, COMMON, seed).train if measures and has_common(config) else []
+    record: dict[str, object] = {
+        **{"name": config.name, "corpus": config.name, "licence": corpora.declaration(config.name).licence},
+        **{"splitter": "given", "template": config.template, "template_hash": prompts.template_hash(config.template)},
+    }
+    told = {client: {"train_rows": len(train), "heldout_rows": len(held)} for client, (train, held) in pairs.items()}
+    sites = {client: {**told[client], **c.files["train"]} for client, c in opened.items()}
+    whence = f"{len(common)} rows in a file of their own" if common else "a test file, or 10% of the rows, of each client"
+    return Federated(data, common, shares, record, whence, sites)
+
+
+def has_common(config: Config) -> bool:
+    """Whether there are rows to measure with that are nobody's, beside files that clients bring."""
+    return config.splitter == "given" and Path(_path(config, COMMON)).expanduser().exists()
 
 
 def _path(config: Config, client: str) -> str:
@@ -193,7 +217,6 @@ def _record(
         "splitter_options": _options(config, splitter),
         "template": config.template,
         "template_hash": prompts.template_hash(config.template),
-        "heldout": _heldout(config, corpus, clients),
         "train_rows": [len(client.train) for client in clients],
         "heldout_rows": [len(client.heldout) for client in clients],
         "client_categories": [dict(share) for share in shares],

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fedmpi.evaluation.answers import exact_match as exact_match
     from fedmpi.evaluation.loss import LossScore as LossScore
     from fedmpi.evaluation.loss import heldout_loss as heldout_loss
+    from fedmpi.evaluation.loss import overall as overall
 
 
 @dataclass(frozen=True)
@@ -38,5 +39,5 @@ class Config:
 
 __getattr__ = door(
     __name__,
-    {"heldout_loss": "loss", "LossScore": "loss", "exact_match": "answers", "Score": "answers"},
+    {"heldout_loss": "loss", "LossScore": "loss", "overall": "loss", "exact_match": "answers", "Score": "answers"},
 )

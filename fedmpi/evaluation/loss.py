@@ -1,6 +1,6 @@
 """Held-out loss: the mean loss per supervised token on what no client trained on. It leaves the model as it was."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -40,6 +40,14 @@ def heldout_loss(model: torch.nn.Module, examples: Sequence[Example], batch_size
     if not count:
         raise DataError(f"held-out loss: no supervised token in {len(examples)} examples; give a held-out split")
     return LossScore(total / count, count, right / count)
+
+
+def overall(by_client: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """One score of clients' own: the mean over all their tokens, summed in the order of the clients."""
+    scores = [LossScore(**by_client[client]) for client in sorted(by_client)]  # type: ignore[arg-type]
+    count = sum(score.num_tokens for score in scores)
+    loss, right = (sum(getattr(s, key) * s.num_tokens for s in scores) for key in ("loss", "token_accuracy"))
+    return {"eval_loss": loss / count, "eval_token_accuracy": right / count}
 
 
 @contextmanager

@@ -39,9 +39,10 @@ def _heldout(subject: Subject) -> Heldout:
         rows = data.load(replace(wanted, name="json", path=options.data, num_rows=None), subject.seed).train
         owners, num, source = dict[str, int](), 0, "all rows of --data"
     else:
-        parties = data.federate(wanted, subject.clients, subject.seed)
-        rows, num, source = parties.heldout, len(parties.clients), str(parties.record["heldout"])
-        owners = {row.id: client.id for client in parties.clients for row in client.heldout}
+        parties = data.federate(wanted, subject.clients, subject.seed, () if data.has_common(wanted) else None)
+        own = [(row, client.id) for client in parties.clients for row in client.heldout]
+        rows, num, source = parties.heldout or [row for row, _ in own], len(parties.clients) if own else 0, parties.heldout_from
+        owners = {row.id: client for row, client in own}
     chosen = draw(len(rows), options.rows, options.seed, "heldout")
     if not chosen:
         raise DataError(f"{wanted.name} has no held-out rows: give --data FILE")

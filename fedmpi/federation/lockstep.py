@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from fedmpi import training
 from fedmpi.errors import Aborted, FedmpiError, LinkError, ProtocolError, WorldError
+from fedmpi.federation import scores
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.owned import Owned
 from fedmpi.federation.post import Post, content
@@ -39,6 +40,8 @@ class Federation:
     conductor: Conductor | None = None  # held by the server alone
     vault: Vault | None = None
     near: str | None = None  # host:port of something that every rank can reach, where there is one
+    answer: scores.Answer | None = None  # how clients that live here score what the server asks about, on rows of their own
+    about: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # on the server: what clients told of themselves
     outcome: Outcome = field(default_factory=Outcome)
     ledger: Ledger = field(default_factory=Ledger)
     _now: Round | None = None
@@ -109,18 +112,33 @@ class Federation:
         """Whether another rank has been told to stop; the server asks before it announces the next round."""
         return self.post is not None and self.post.transport.stop_wanted()
 
+    def measure(self, tensors: Tensors) -> scores.Figures:
+        """The server asks between rounds: each client's figures of these tensors, on rows that do not leave their ranks."""
+        assert self.answer is not None
+        if self.post is None:
+            return self.answer(tensors)
+        self.ledger.asked_bytes += num_bytes(tensors) * len(self.placement.leaders)
+        return scores.ask(self.post, self.placement, tensors)
+
     # ---- before the first round and after the last ----------------------------------------------------------------------------
 
-    def greet(self, experiment: str, num_examples: Mapping[int, int]) -> dict[int, int]:
-        """Leaders say for which experiment they are here and how large their clients are; the server refuses a stranger."""
+    def greet(
+        self, experiment: str, num_examples: Mapping[int, int], about: Mapping[int, Mapping[str, Any]] | None = None
+    ) -> dict[int, int]:
+        """Leaders say for which experiment they are here and how large their clients are; the server refuses a stranger.
+
+        What they tell about their clients besides is in `about` afterwards, on the server.
+        """
+        self.about = dict(about or {})
         if self.post is None:
             return dict(num_examples)
         if self.rank != SERVER:
             if self.leads and self.placement.clustered:
                 self._store = training.host(self.near)
             examples = {str(client): num for client, num in num_examples.items()} if self.leads else {}
-            meet_at = self._store.address if self._store else None
-            self.post.send_json(SERVER, Kind.HELLO, {"experiment": experiment, "examples": examples, "meet_at": meet_at})
+            said = {"experiment": experiment, "examples": examples, "meet_at": self._store.address if self._store else None}
+            known = {str(client): facts for client, facts in self.about.items()} if self.leads else {}
+            self.post.send_json(SERVER, Kind.HELLO, {**said, "about": known})
             return {}
         sizes: dict[int, int] = {}
         for peer, greeting in self.post.from_each(Kind.HELLO, "greeting the clients"):
@@ -130,6 +148,7 @@ class Federation:
                     "give all ranks equal settings and data"
                 )
             sizes.update(self._declared(peer, greeting["examples"]))
+            self.about |= {int(client): facts for client, facts in greeting["about"].items() if int(client) in sizes}
             self._meet_at[peer] = greeting["meet_at"]
         return sizes
 
@@ -201,6 +220,9 @@ class Federation:
     def _follow(self) -> Round:
         assert self.post is not None
         message = self.post.receive({SERVER}, "waiting for the next round")
+        while message.header.kind is Kind.QUESTION and self.answer is not None:
+            scores.reply(self.post, message, self.answer)
+            message = self.post.receive({SERVER}, "waiting for the next round")
         if message.header.kind is not Kind.ROUND:
             raise ProtocolError(f"rank {SERVER} sent {message.header.kind.name}, expected a round header")
         return Round.unpack(content(message), len(self.placement.leader_of))

@@ -100,9 +100,9 @@ class Post:
             )
         return value
 
-    def from_each(self, kind: Kind, phase: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        """One object of this kind from every peer, as they come."""
-        missing = set(self.transport.peers)
+    def from_each(self, kind: Kind, phase: str, peers: Collection[int] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """One object of this kind from each of these peers (all of them without), as they come."""
+        missing = set(self.transport.peers if peers is None else peers)
         while missing:
             message = self.receive(missing, phase)
             if message.header.kind is not kind:

@@ -78,9 +78,9 @@ def test_the_table_stands_beside_the_papers(name, folder, told, capsys):
 def test_rows_that_a_paper_rounds_are_compared_as_it_rounds():
     shares = tuple({"go": rows} for rows in (1_880_853 - 5, 1, 1, 1, 1, 1))
     clients = tuple(data.ClientData(i, [None] * sum(share.values()), []) for i, share in enumerate(shares))
-    federated = data.Federated(clients, [], shares, {"heldout": "test split"})
+    federated = data.Federated(clients, [], shares, {}, "test split")
     assert program.compare(federated, FEDERATED["fed-code-search-net"].published)[1] == "FS-LLM Table 6: all 2 numbers are the same"
-    few = data.Federated(clients[1:], [], shares[1:], {"heldout": "test split"})
+    few = data.Federated(clients[1:], [], shares[1:], {}, "test split")
     said = program.compare(few, FEDERATED["fed-code-search-net"].published)[1]
     assert said.endswith("of this corpus: rows 5 here, 1880800 there; clients 5 here, 6 there")
 
@@ -110,17 +110,18 @@ def test_each_client_brings_its_own_file(tmp_path):
     assert all(row.instruction.startswith(f"{c.id} ") for c in federated.clients for row in [*c.train, *c.heldout])
     ids = [row.id for client in federated.clients for row in [*client.train, *client.heldout]]
     assert len(set(ids)) == 35
-    assert federated.record["splitter"] == "given" and federated.record["opened"] == [0, 1, 2]
-    assert federated.record["files"]["client 1"]["name"] == "1.jsonl" and str(tmp_path) not in json.dumps(federated.record)
+    assert federated.record["splitter"] == "given" and federated.sites[1]["name"] == "1.jsonl"
+    assert str(tmp_path) not in json.dumps([federated.record, dict(federated.sites)])
 
 
 def test_only_the_wanted_files_are_opened(tmp_path):
     config = sites(tmp_path, {1: 20, 4: 10})  # the others are not on this machine at all
     federated = data.federate(config, 6, 0, only=(4, 1))
     assert [len(client.train) for client in federated.clients] == [0, 18, 0, 0, 9, 0]
-    assert federated.record["opened"] == [1, 4] and len(federated.heldout) == 3
+    assert list(federated.sites) == [1, 4]
     nobody = data.federate(config, 6, 0, only=())
     assert [client.train for client in nobody.clients] == [[]] * 6 and nobody.heldout == []
+    assert nobody.record == federated.record  # ranks that see other files are of one experiment all the same
     with pytest.raises(DataError, match=r"0\.jsonl is neither a file nor a folder"):
         data.federate(config, 6, 0)
 
@@ -143,8 +144,25 @@ def test_held_out_rows_may_be_in_a_file_that_is_nobodys(tmp_path):
     config = sites(tmp_path, {0: 20, 1: 5, "heldout": 7})
     federated = data.federate(config, 2, 0, only=())
     assert [row.id for row in federated.heldout] == [f"heldout:train:{i}" for i in range(7)]
-    assert federated.record["heldout"] == "7 rows in a file of their own"
+    assert federated.heldout_from == "7 rows in a file of their own"
     assert len(data.federate(config, 2, 0).heldout) == 7
+    assert data.federate(config, 2, 0, only=[1], measures=False).heldout == []
+
+
+def test_without_such_a_file_held_out_rows_stay_with_their_clients(tmp_path):
+    federated = data.federate(sites(tmp_path, {0: 20, 1: 5}), 2, 0)
+    assert federated.heldout == [] and [len(client.heldout) for client in federated.clients] == [2, 1]
+
+
+def test_the_record_is_completed_by_what_the_clients_ranks_tell(tmp_path):
+    config = sites(tmp_path, {0: 20, 1: 5})
+    samples = {"rows": 3, "tokens": 30, "cut": 1, "cut_responses": 0, "dropped": 2}
+    apart = [data.federate(config, 2, 0, only=[client]) for client in (0, 1)]
+    told = {client: {**one.sites[client], "samples": samples} for client, one in enumerate(apart)}
+    record = data.federate(config, 2, 0, only=()).known(told)
+    assert (record["train_rows"], record["heldout_rows"], record["samples"]["dropped"]) == ([18, 4], [2, 1], [2, 2])
+    whole = data.federate(config, 2, 0)
+    assert record == whole.known({client: {**whole.sites[client], "samples": samples} for client in (0, 1)})
 
 
 def test_given_says_what_it_needs(tmp_path):
@@ -197,7 +215,7 @@ def test_a_client_without_test_rows_is_fine_and_said(tmp_path):
     write(tmp_path / "test.jsonl", rows[:2])
     federated = data.federate(data.Config(name="json", path=str(tmp_path), splitter="meta"), 2, 0)
     assert [len(client.heldout) for client in federated.clients] == [2, 0]
-    assert federated.record["heldout"] == "test split; 1 clients have none of it"
+    assert federated.heldout_from == "test split; 1 clients have none of it"
 
 
 def test_the_options_of_a_splitter_are_on_record(tmp_path):

@@ -207,7 +207,7 @@ def test_gsm8k_folder_brings_its_test_split(tmp_path):
     federated = data.federate(data.Config(name="gsm8k", path=str(tmp_path)), None, 0)
     assert [len(client.train) for client in federated.clients] == [4, 4, 4]
     assert sorted(len(client.heldout) for client in federated.clients) == [2, 2, 3]
-    assert len(federated.heldout) == 7 and federated.record["heldout"] == "test split"
+    assert len(federated.heldout) == 7 and federated.heldout_from == "test split"
     assert federated.record["files"]["test"]["name"] == "test.jsonl.gz"
 
 
