@@ -2,7 +2,16 @@
 
 Each `weight * x` is rounded to the grid 2**-scale and added up in float64. As long as the sums stay below 2**53 grid steps,
 float64 adds them without rounding, so addition is associative: partial sums on ranks give the bytes of the flat sum. The one
-division comes last. With the scale that `grid_scale` chooses the grid is far finer than the float32 of the result.
+division comes last.
+
+The grid is absolute, since every rank must know it before any update is there. With n updates and L the largest magnitude that the
+round began with, but at least 1, a mean on the grid that `grid_scale` chooses is off by at most n * 2**-46 * L, besides being
+rounded to its dtype. For elements above n * 2**-22 * L that is less than the rounding to float32 costs; smaller ones keep fewer
+digits, and one below 2**-46 * L may come out as 0.
+
+Updates may come in pieces, those of several updates in turn, and each is added while it is still in the cache. A sum to which part
+of an update was added is of no use without the rest: whoever yields pieces raises where an update breaks off, and then there is no
+mean. This module must never know who sent what, or over what it came.
 """
 
 import itertools
@@ -10,8 +19,8 @@ import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -34,20 +43,21 @@ class Weighted(Protocol):
 
 
 @dataclass(frozen=True)
-class _Run:
-    """Tensors of one dtype that are added in one go, since a call of torch costs more than adding one: small, or side by side."""
+class Piece:
+    """Neighbouring elements of one update, flat and of one dtype."""
 
-    like: Tensors
-    sums: torch.Tensor
+    update: int  # which one; no two have the same number
+    weight: int
+    like: Tensors  # the whole update's names, shapes and dtypes, on the meta device; of all updates in the same order
+    first: int  # how many elements of the update come before these, in the order of `like`
+    values: torch.Tensor
 
-    def of(self, tensors: Tensors) -> torch.Tensor:
-        """These tensors' elements, flat; without a copy where they lie side by side, as those of a message do."""
-        parts = [tensors[name] for name in self.like]
-        if len(parts) == 1:
-            return parts[0].reshape(-1)
-        if all(_adjacent(left, right) for left, right in itertools.pairwise(parts)):
-            return parts[0].as_strided(self.sums.shape, (1,))
-        return torch.cat([part.reshape(-1) for part in parts])
+
+@runtime_checkable
+class Streamed(Protocol):
+    """Updates that come in pieces: all the pieces of each of them, or an exception."""
+
+    def pieces(self) -> Iterator[Piece]: ...
 
 
 def grid_scale(total_weight: int, largest: float) -> int:
@@ -56,21 +66,16 @@ def grid_scale(total_weight: int, largest: float) -> int:
     return 52 - math.ceil(math.log2(room))
 
 
-def exact_mean(updates: Iterable[Weighted], scale: int) -> Tensors:
+def exact_mean(updates: Iterable[Weighted] | Streamed, scale: int) -> Tensors:
     """Consume the updates as they come, holding one sum and never two of them; give sum(w * x) / sum(w) in their dtype."""
-    runs: list[_Run] = []
-    like: Tensors = {}
-    bound, total = 0.0, 0
-    for update in updates:
-        if not runs:
-            like = {name: torch.empty_like(tensor, device="meta") for name, tensor in update.tensors.items()}
-            runs = list(_runs(update.tensors, like))
-        _same_shapes(like, update.tensors)
-        bound += _add(runs, update, scale, bound)
-        total += update.weight
-    if not total:
+    sums: _Sums | None = None
+    for piece in updates.pieces() if isinstance(updates, Streamed) else _pieces(updates):
+        if sums is None:
+            sums = _Sums(piece.like, scale, _zeros(sum(tensor.numel() for tensor in piece.like.values())))
+        sums.add(piece)
+    if sums is None or not sum(sums.weights.values()):
         raise TrainingError("the exact mean needs at least one update with a positive weight, found none")
-    return {name: tensor for run in runs for name, tensor in _quotient(run, math.ldexp(total, scale))}
+    return sums.mean()
 
 
 def largest(tensors: Mapping[str, torch.Tensor]) -> float:
@@ -92,18 +97,40 @@ def _magnitude(tensor: torch.Tensor) -> float:
     return math.inf if math.isnan(low + high) else max(abs(low), abs(high))
 
 
-def _runs(first: Tensors, like: Tensors) -> Iterator[_Run]:
-    """The tensors in their order, cut into runs, each with its place in one zeroed sum."""
-    groups: list[Tensors] = []
-    room, last = 0, torch.empty(0, dtype=torch.bool)
-    for name, tensor in first.items():
-        if tensor.dtype != last.dtype or (tensor.numel() > room and not _adjacent(last, tensor)):
-            groups.append({})
-            room = _BLOCK
-        groups[-1][name], last = like[name], tensor
-        room -= tensor.numel()
-    sizes = [sum(tensor.numel() for tensor in group.values()) for group in groups]
-    yield from (_Run(group, sums) for group, sums in zip(groups, torch.split(_zeros(sum(sizes)), sizes), strict=True))
+def _pieces(updates: Iterable[Weighted]) -> Iterator[Piece]:
+    """Whole updates, cut at tensors: those in one piece are small, or side by side in memory."""
+    like: Tensors = {}
+    for number, update in enumerate(updates):
+        like = like or {name: torch.empty_like(tensor, device="meta") for name, tensor in update.tensors.items()}
+        _same_shapes(like, update.tensors)
+        first = 0
+        for names in _runs(like):
+            values = _flat([update.tensors[name] for name in names])
+            yield Piece(number, update.weight, like, first, values)
+            first += values.numel()
+
+
+def _runs(like: Tensors) -> Iterator[list[str]]:
+    """Names in their order: neighbours of one dtype go together up to a block, since a call of torch costs more than adding one."""
+    for _, same in itertools.groupby(like, key=lambda name: like[name].dtype):
+        run: list[str] = []
+        room = _BLOCK
+        for name in same:
+            if run and like[name].numel() > room:
+                yield run
+                run, room = [], _BLOCK
+            run.append(name)
+            room -= like[name].numel()
+        yield run
+
+
+def _flat(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The elements of all parts; without a copy where they lie side by side, as those of a message do."""
+    if len(parts) == 1:
+        return parts[0].reshape(-1)
+    if all(_adjacent(left, right) for left, right in itertools.pairwise(parts)):
+        return parts[0].as_strided((sum(part.numel() for part in parts),), (1,))
+    return torch.cat([part.reshape(-1) for part in parts])
 
 
 def _adjacent(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -134,29 +161,60 @@ def _same_shapes(like: Tensors, tensors: Tensors) -> None:
             raise TrainingError(f"tensor {name} is {found} in one update and {expected} in another: settings differ")
 
 
-def _add(runs: list[_Run], update: Weighted, scale: int, bound: float) -> float:
-    """Add an update to the sums, which `bound` grid steps bound so far; gives what to add to that bound."""
-    factor, most = math.ldexp(update.weight, scale), 0.0
-    block = torch.empty(_BLOCK, dtype=torch.float64)
-    for run in runs:
-        for piece, sums in zip(torch.split(run.of(update.tensors), _BLOCK), torch.split(run.sums, _BLOCK), strict=True):
-            most = max(most, _magnitude(piece))
-            if not bound + most * factor + 1.0 < _LIMIT:
-                largest({name: update.tensors[name] for name in run.like})  # names the tensor if it is not finite
-                raise TrainingError(
-                    f"the exact mean would overflow its grid 2**-{scale}: the updates have grown more than 64-fold in one round; "
-                    "lower the learning rate or clip the updates"
-                )
-            sums.add_(block[: piece.numel()].copy_(piece).mul_(factor).round_())
-    return most * factor + 1.0
+@dataclass
+class _Sums:
+    """Whole numbers of grid steps, by element; and what bounds them."""
 
+    like: Tensors
+    scale: int
+    values: torch.Tensor
+    weights: dict[int, int] = field(default_factory=dict)  # by update
+    _most: dict[int, float] = field(default_factory=dict)  # by update, the largest magnitude so far, in grid steps
+    _block: torch.Tensor = field(default_factory=lambda: torch.empty(_BLOCK, dtype=torch.float64))
 
-def _quotient(run: _Run, divisor: float) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a run, divided: neighbours in one buffer."""
-    block = torch.empty(_BLOCK, dtype=torch.float64)
-    quotient = torch.empty(run.sums.shape, dtype=next(iter(run.like.values())).dtype)
-    for piece, sums in zip(torch.split(quotient, _BLOCK), torch.split(run.sums, _BLOCK), strict=True):
-        piece.copy_(torch.div(sums, divisor, out=block[: sums.numel()]))
-    sizes = [tensor.numel() for tensor in run.like.values()]
-    for (name, like), part in zip(run.like.items(), torch.split(quotient, sizes), strict=True):
-        yield name, part.view(like.shape)
+    def add(self, piece: Piece) -> None:
+        """Add a piece, block by block: each is looked at, scaled, rounded and added while it is in the cache."""
+        if piece.update not in self.weights:
+            if piece.like is not self.like:
+                _same_shapes(self.like, piece.like)
+                if list(piece.like) != list(self.like):
+                    raise TrainingError("the elements of one update come in another order than those of another: settings differ")
+            self.weights[piece.update], self._most[piece.update] = piece.weight, 0.0
+        factor = math.ldexp(piece.weight, self.scale)
+        others = sum(most for update, most in self._most.items() if update != piece.update) + len(self._most)
+        sums = self.values[piece.first : piece.first + piece.values.numel()]
+        for part, sum_ in zip(torch.split(piece.values, _BLOCK), torch.split(sums, _BLOCK), strict=True):
+            most = max(self._most[piece.update], _magnitude(part) * factor)
+            if not others + most < _LIMIT:
+                self._refuse(piece)
+            self._most[piece.update] = most
+            sum_.add_(self._block[: part.numel()].copy_(part).mul_(factor).round_())
+
+    def _refuse(self, piece: Piece) -> None:
+        start = 0
+        for name, tensor in self.like.items():  # names the tensor if it is not finite
+            stop = start + tensor.numel()
+            largest({name: piece.values[max(0, start - piece.first) : max(0, stop - piece.first)]})
+            start = stop
+        raise TrainingError(
+            f"the exact mean would overflow its grid 2**-{self.scale}: the updates have grown more than 64-fold in one round; "
+            "lower the learning rate or clip the updates"
+        )
+
+    def mean(self) -> Tensors:
+        """The quotient, in the dtypes of the updates; tensors of one dtype are neighbours in one buffer."""
+        divisor = math.ldexp(sum(self.weights.values()), self.scale)
+        made: Tensors = {}
+        start = 0
+        for dtype, same in itertools.groupby(self.like.items(), key=lambda item: item[1].dtype):
+            tensors = dict(same)
+            sizes = [tensor.numel() for tensor in tensors.values()]
+            quotient = torch.empty(sum(sizes), dtype=dtype)
+            for part, sum_ in zip(
+                torch.split(quotient, _BLOCK), torch.split(self.values[start : start + len(quotient)], _BLOCK), strict=True
+            ):
+                part.copy_(torch.div(sum_, divisor, out=self._block[: len(part)]))
+            parts = torch.split(quotient, sizes)
+            made.update({name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)})
+            start += len(quotient)
+        return made

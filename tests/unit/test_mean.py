@@ -1,7 +1,7 @@
 """The exact mean against numbers worked out by hand, a float64 reference, and itself in every other order."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedmpi.aggregation import exact_mean, grid_scale, largest
 from fedmpi.aggregation import mean as module
+from fedmpi.aggregation.mean import Piece
 from fedmpi.errors import NonFinite, TrainingError
 
 SIZES = st.integers(1, 5)
@@ -215,3 +216,57 @@ def test_updates_are_consumed_one_at_a_time_and_left_as_they_are() -> None:
 
     exact_mean(arriving(), scale_of(updates))  # type: ignore[arg-type]
     assert all(same(kept, update.tensors) for kept, update in zip(before, updates, strict=True))
+
+
+@dataclass(frozen=True)
+class InPieces:
+    """Updates whose pieces alternate, `step` elements at a time; the stream breaks after `most` pieces."""
+
+    updates: list[Sent]
+    step: int
+    most: int = 1 << 30
+
+    def pieces(self) -> Iterator[Piece]:
+        like = {name: torch.empty_like(tensor, device="meta") for name, tensor in self.updates[0].tensors.items()}
+        flat = [torch.cat([tensor.reshape(-1) for tensor in update.tensors.values()]) for update in self.updates]
+        starts = [(start, number) for start in range(0, len(flat[0]), self.step) for number in range(len(flat))]
+        for count, (start, number) in enumerate(starts):
+            if count == self.most:
+                raise ConnectionError("a link broke")
+            yield Piece(number, self.updates[number].weight, like, start, flat[number][start : start + self.step])
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 100])
+def test_updates_in_pieces_take_the_same_arithmetic(step: int) -> None:
+    updates = drawn(3, 4)
+    assert same(exact_mean(InPieces(updates, step), scale=30), exact_mean(updates, scale=30))
+
+
+def test_where_an_update_breaks_off_there_is_no_mean() -> None:
+    with pytest.raises(ConnectionError, match="a link broke"):
+        exact_mean(InPieces(drawn(3, 2), 4, most=5), scale=30)
+
+
+def test_in_pieces_too_a_bad_value_is_named_and_an_overflow_found() -> None:
+    fine, bad = drawn(3, 2)
+    bad.tensors["b"][6] = math.nan
+    with pytest.raises(NonFinite, match="tensor b holds"):
+        exact_mean(InPieces([fine, bad], 4), scale=30)
+    with pytest.raises(TrainingError, match="overflow"):
+        exact_mean(InPieces([sent(1, 2.0**50, 1.0)] * 9, 1), scale=0)
+
+
+def test_pieces_of_other_tensors_are_refused() -> None:
+    @dataclass
+    class Mixed:
+        names: dict[str, int]
+
+        def pieces(self) -> Iterator[Piece]:
+            like = {name: torch.empty(1, device="meta") for name in "xy"}
+            yield Piece(0, 1, like, 0, torch.ones(2))
+            yield Piece(1, 1, {name: torch.empty(size, device="meta") for name, size in self.names.items()}, 0, torch.ones(1))
+
+    with pytest.raises(TrainingError, match=r"tensor x is \(3,\)"):
+        exact_mean(Mixed({"x": 3, "y": 1}), scale=20)
+    with pytest.raises(TrainingError, match="another order"):
+        exact_mean(Mixed({"y": 1, "x": 1}), scale=20)
