@@ -82,7 +82,7 @@ class Checkpoints:
         try:
             manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
             stated = {key: manifest[key] for key in ("format", "experiment", "round", "state_sha256", "owned", "record")}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {path}: manifest.json is missing or broken ({error}); {_ADVICE}") from None
         if stated["format"] != FORMAT or stated["experiment"] != self.experiment:
             raise CheckpointError(

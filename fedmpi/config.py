@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,9 +29,19 @@ def parse(kind: type[T], arguments: Sequence[str], program: str, about: str, ext
     for group, dataclass in extra.items():
         parser.add_class_arguments(dataclass, group)
     try:
-        return parser.instantiate(parser.parse_args([_packaged(argument) for argument in arguments]))
+        return _printable(parser.instantiate(parser.parse_args([_packaged(argument) for argument in arguments])))
     except (ArgumentError, TypeError, ValueError, AttributeError) as error:  # the last three: recipes that are no mappings
         raise ConfigError(_one_line(str(error)) + _guess(str(error), list(parser._option_string_actions))) from None
+
+
+def _printable(settings: Any) -> Any:
+    """The same settings; no path or name may hold the one character that no file system takes."""
+    for key, value in vars(settings).items():
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{key} {value!r} holds a NUL character")
+        if dataclasses.is_dataclass(value):
+            _printable(value)
+    return settings
 
 
 def peek(argument: str) -> dict[str, Any]:
@@ -95,9 +104,3 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def digest(settings: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits that name these settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def fail(error: Exception, where: str) -> None:
-    """The one clear line that a user gets instead of a traceback."""
-    place = f"{where}: " if where else ""
-    print(f"fedmpi: {place}{type(error).__name__}: {error}", file=sys.stderr, flush=True)

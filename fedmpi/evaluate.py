@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmpi import config, data, models, recipe
-from fedmpi.errors import CheckpointError, ConfigError, FedmpiError
+from fedmpi import data, models, recipe
+from fedmpi.command import FINISHED, guarded
+from fedmpi.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from fedmpi.evaluation.decoding import Speaker
     from fedmpi.evaluation.task import Task
 
-DONE, FAILED, IMPOSSIBLE = 0, 1, 2
 TASKS = (
     "perplexity, exact_match, gsm8k, humaneval, humaneval-x:LANGUAGE, helm, helm-mini, helm-qa (and helm:SUBTASK), answers, judge, "
     "lm_eval:NAME"
@@ -35,14 +35,7 @@ CHUNK = 4  # batches between two times that records are written
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from a command line; gives the exit code."""
     given = _parser().parse_args(arguments)
-    try:
-        return run(given)
-    except ConfigError as error:
-        config.fail(error, "evaluate")
-        return IMPOSSIBLE
-    except FedmpiError as error:
-        config.fail(error, "evaluate")
-        return FAILED
+    return guarded(lambda: run(given), "evaluate")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,7 +128,7 @@ def run(given: argparse.Namespace) -> int:
         speaker = open_speaker(target.model, target.adapter, device, given.batch_size)
         found = result.make(speaker, given.batch_size * CHUNK)
     show(found, result.path)
-    return DONE
+    return FINISHED
 
 
 def harness(target: Target, given: argparse.Namespace, device: str) -> int:
@@ -149,7 +142,7 @@ def harness(target: Target, given: argparse.Namespace, device: str) -> int:
     write_atomically(path, json.dumps({"task": given.task, "subject": target.facts(), **found}, indent=1, default=str) + "\n")
     print(json.dumps(found["results"], indent=1, default=str))
     print(f"  all outputs: {path}", flush=True)
-    return DONE
+    return FINISHED
 
 
 @dataclass(frozen=True)

@@ -30,31 +30,45 @@ class RunFolder:
 
     def claim(self, resume: str, settings: Mapping[str, Any]) -> None:
         """Take the folder for this experiment, or say why it cannot be had; nothing in a foreign folder is touched."""
+        if self.check(resume, settings):
+            return
+        # the record comes last: with it the folder is taken
+        write_atomically(self.path / "config.yaml", config.to_yaml(settings))
+        self.describe({})
+
+    def check(self, resume: str, settings: Mapping[str, Any]) -> bool:
+        """Whether the folder is this experiment's already; an error where it cannot become so. Reads only."""
         try:
-            used = self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir())
+            there = {path.name for path in self.path.iterdir() if not path.name.startswith(".")} if self.path.exists() else set()
         except OSError as error:
             raise ConfigError(f"run_dir {self.path} cannot be used ({error}): give a folder") from None
-        if used and resume == "never":
+        ours = "record.json" in there
+        begun = ours and self._begun()
+        if resume == "never" and (begun or (there and not ours)):
             raise ConfigError(f"run_dir {self.path} is not empty and --resume is never: give an empty folder or --resume auto")
-        if not used and resume == "must":
+        if not there and resume == "must":
             raise ConfigError(f"run_dir {self.path} is empty and --resume is must: nothing to continue; check the path")
-        record = self.path / "record.json"
-        if used and not record.exists() and {path.name for path in self.path.iterdir()} - {"config.yaml", ".lock"}:
+        if not ours and there - {"config.yaml"}:
             raise ConfigError(f"run_dir {self.path} is not empty and holds no fedmpi run: give another --run_dir")
-        used = used and record.exists()
-        if used and (found := self._experiment(record)) != self.experiment:
+        found = self._experiment() if ours else None
+        if begun and found != self.experiment:
             raise ConfigError(
                 f"run_dir {self.path} belongs to experiment {found}, this configuration is {self.experiment}"
                 f"{self._what_differs(settings)}: give another --run_dir, or the settings in its config.yaml"
             )
-        if not used:  # the record comes last: with it the folder is taken
-            write_atomically(self.path / "config.yaml", config.to_yaml(settings))
-            write_atomically(record, json.dumps({"experiment": self.experiment}) + "\n")
+        return found == self.experiment
+
+    def _begun(self) -> bool:
+        """Whether a round was ever committed below: a start that failed before, over a misspelt path say, holds nothing."""
+        return any(self.path.rglob("checkpoints/round-*")) or any(self.path.rglob("summary.json"))
 
     def lock(self) -> IO[str]:
         """Hold the folder for this process; a second run in it is refused. Close what this gives to let go."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = (self.path / ".lock").open("w", encoding="utf-8")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"run_dir {self.path} cannot be used ({error}): give a folder that can be written to") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -64,7 +78,8 @@ class RunFolder:
             print(f"fedmpi: {self.path} cannot be locked on this file system ({error}): start no second run in it", flush=True)
         return file
 
-    def _experiment(self, record: Path) -> object:
+    def _experiment(self) -> object:
+        record = self.path / "record.json"
         try:
             return json.loads(record.read_text(encoding="utf-8"))["experiment"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -73,7 +88,7 @@ class RunFolder:
     def _what_differs(self, settings: Mapping[str, Any]) -> str:
         try:
             there = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
+        except (OSError, ValueError, yaml.YAMLError):
             return ""
         different = config.differences(there, settings) if isinstance(there, dict) else []
         different = [text for text in different if not text.startswith(("run_dir ", "resume "))]
@@ -102,15 +117,18 @@ class RunFolder:
     def _mend(self, committed: Committed | None) -> None:
         """Bring metrics.jsonl back to what the checkpoint says: lines of lost rounds go, lines that a crash withheld come."""
         last = committed.round if committed else -2
-        lines = [line for line in self.metrics() if line["round"] <= last]
+        lines = [line for line in self.metrics() if line["round"] <= last or _tells_why(line, last + 1)]
         known = {(line["round"], line.get("event"), line.get("attempt")) for line in lines}
         withheld = committed.record["lines"] if committed else []
         lines += [line for line in withheld if (line["round"], line.get("event"), line.get("attempt")) not in known]
         write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        if missing := sorted(set(range(last + 1)) - {line["round"] for line in lines if "event" not in line}):
+            said = f"{len(missing)} committed rounds (from round {missing[0]} on)"
+            print(f"fedmpi: {self.path}/metrics.jsonl lacks the lines of {said}: they cannot be made again", flush=True)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
-        return list(read_lines(self.path / "metrics.jsonl"))
+        return list(read_metrics(self.path))
 
     def publish(self) -> None:
         """The pending lines are committed: write them out."""
@@ -121,27 +139,71 @@ class RunFolder:
             raise CheckpointError(f"{self.path}/metrics.jsonl could not be written ({error}): make room and start again") from error
         self.pending = []
 
-    def summary(self) -> dict[str, Any] | None:
-        """What a finished run wrote at its end."""
-        path = self.path / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    def finished(self, committed: Committed | None) -> dict[str, Any] | None:
+        """The summary of a finished run; None where its end is still to come, or to be made again."""
+        done = read_object(self.path / "summary.json")
+        if done is None or any((self.path / "adapter").glob("*.safetensors")):
+            return done
+        if committed is None:
+            raise CheckpointError(
+                f"{self.path}/adapter is gone, and without checkpoints it cannot be made again: "
+                "restore it, or give another --run_dir"
+            )
+        print(f"fedmpi: {self.path}/adapter is gone: it is made again from the checkpoint of round {committed.round}", flush=True)
+        return None
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """A small JSON file: summary.json, state.json."""
         write_atomically(self.path / name, json.dumps(value, indent=2, default=_plain) + "\n")
 
 
+def _tells_why(line: Mapping[str, Any], round_index: int) -> bool:
+    """Whether this says why a run that ended could not do its next round."""
+    return bool(line.get("event") == "quorum_lost" and line["round"] == round_index)
+
+
+def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, each of which tells its round."""
+    path = folder / "metrics.jsonl"
+    for number, line in enumerate(read_lines(path), start=1):
+        if not isinstance(line.get("round"), int):
+            raise CheckpointError(f"{path}, line {number}: an object with a round number is expected; restore the file")
+        yield line
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file; a last line that a crash cut short is left out."""
-    if not path.exists():
-        return
-    lines: Sequence[str] = path.read_text(encoding="utf-8").splitlines()
+    lines: Sequence[str] = _read(path).splitlines() if path.exists() else ()
     for number, line in enumerate(lines, start=1):
         try:
-            yield json.loads(line)
+            found = json.loads(line)
         except ValueError:
             if number < len(lines):
                 raise CheckpointError(f"{path}, line {number}: not JSON; restore the file or give another --run_dir") from None
+            return
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{path}, line {number}: an object is expected, found {line[:40]}; restore the file")
+        yield found
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """What a small JSON file says; None where there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): restore it, or remove it and start the run again") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, expected an object: restore the file")
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): restore the file") from None
 
 
 def _plain(value: Any) -> Any:

@@ -12,28 +12,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmpi import config, data, models, recipe
-from fedmpi.errors import ConfigError, FedmpiError
+from fedmpi import data, models, recipe
+from fedmpi.command import FINISHED, guarded
+from fedmpi.errors import ConfigError
 from fedmpi.recipe import Recipe
-
-DONE, FAILED, IMPOSSIBLE = 0, 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from a command line; gives the exit code."""
     given = _parser().parse_args(arguments)
-    try:
-        for prompt, voices in answers(given):
-            print(f"\n> {prompt}")
-            for title, text in voices:
-                print(f"\n[{title}]\n{text.strip()}", flush=True)
-        return DONE
-    except ConfigError as error:
-        config.fail(error, "generate")
-        return IMPOSSIBLE
-    except FedmpiError as error:
-        config.fail(error, "generate")
-        return FAILED
+    return guarded(lambda: run(given), "generate")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Ask all, then print what each says."""
+    for prompt, voices in answers(given):
+        print(f"\n> {prompt}")
+        for title, text in voices:
+            print(f"\n[{title}]\n{text.strip()}", flush=True)
+    return FINISHED
 
 
 def _parser() -> argparse.ArgumentParser:

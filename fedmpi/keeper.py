@@ -55,7 +55,7 @@ class Keeper:
         conductor.largest = aggregation.largest(server.adapter)
         if self._waited_enough():
             conductor.end = End.FINISHED
-        elif self.stop.signal:
+        elif self.stop.wanted():
             conductor.end = End.SIGNAL
         try:
             for rnd in self.fed.rounds():
@@ -64,15 +64,25 @@ class Keeper:
                     after = self.algorithm.run_round(self.fed, rnd, server, parties)
                     conductor.largest = aggregation.largest(after.adapter)
                 except QuorumLost as lost:
-                    self._line({"round": rnd.index, "event": "quorum_lost", "message": str(lost), "attempt": rnd.attempt})
-                    print(f"fedmpi: {lost}", file=sys.stderr, flush=True)
-                    self._heed_signals(conductor)
+                    self._lost(rnd, server, str(lost))
                     continue
                 server = after
                 self._after_round(rnd, server, began, progress)
         finally:
             progress.close()
         return server
+
+    def _lost(self, rnd: Round, server: Any, why: str) -> None:
+        """A round that did not count. Where the run ends with it, what counted since the last checkpoint is made durable."""
+        conductor = self.fed.conductor
+        assert conductor is not None
+        self._line({"round": rnd.index, "event": "quorum_lost", "message": why, "attempt": rnd.attempt})
+        print(f"fedmpi: {why}", file=sys.stderr, flush=True)
+        self._heed_signals(conductor)
+        if conductor.end and rnd.index - 1 > conductor.durable:
+            self._commit(rnd.index - 1, server)
+        elif conductor.end:
+            self.folder.publish()
 
     def _after_round(self, rnd: Round, server: Any, began: float, progress: Progress) -> None:
         conductor = self.fed.conductor
@@ -107,7 +117,7 @@ class Keeper:
         return 0 < self.recipe.early_stop <= int(self.history["worse"])
 
     def _heed_signals(self, conductor: Conductor) -> None:
-        if not conductor.end and (self.stop.signal or self.fed.stop_wanted()):
+        if not conductor.end and self.stop.wanted():
             conductor.end = End.SIGNAL
 
     def _figures(self, rnd: Round) -> dict[str, Any]:

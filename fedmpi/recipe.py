@@ -15,6 +15,7 @@ from fedmpi.models import Config as ModelConfig
 from fedmpi.models import PeftConfig
 from fedmpi.training import Config as TrainConfig
 
+_WEEK_S = 604_800  # what is beyond it is a slip, and an infinite wait no deadline
 EXPORTS = ("Config", "Server", "Client", "build_server", "build_client", "run_round")
 _NOT_THE_EXPERIMENT = (
     "run_dir",
@@ -123,8 +124,8 @@ class Recipe:
                 f"scenario {self.scenario} puts all rows in one place, data.splitter given leaves them where they are: "
                 "give scenario fed or local"
             )
-        if not self.timeout_s > 0:
-            raise ConfigError(f"timeout_s {self.timeout_s}: give seconds above 0")
+        if not 0 < self.timeout_s <= _WEEK_S:
+            raise ConfigError(f"timeout_s {self.timeout_s}: give seconds above 0, at most {_WEEK_S} (a week)")
         if self.sampling not in ("all", "uniform", "weighted") and not self.sampling.startswith("fixed:"):
             raise ConfigError(f"sampling {self.sampling!r}: allowed are all, uniform, weighted, fixed:0,3,5")
 

@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 4 -m fedmpi.run                rank 0 serves, ranks 1 to 3 are clients
     mpirun -n 4 python -m fedmpi.run --config RECIPE.yaml
 
-Exit codes: 0 finished, 1 failed, 2 the settings are not possible, 75 stopped by a signal after committing the round in hand.
+Exit codes: 0 finished, 1 failed (a rank that never came or went away too), 2 the settings or the launcher's variables are not
+possible, 75 stopped by a signal after committing the round in hand, 130 left at once at the second Ctrl-C.
 """
 
 import json
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmpi import config, recipe, training
-from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, WorldError
+from fedmpi.command import FAILED, FINISHED, STOPPED, fail, guarded
+from fedmpi.errors import CheckpointError, QuorumLost
 from fedmpi.recipe import Recipe
 from fedmpi.world import World, from_environment
 
@@ -29,24 +31,19 @@ if TYPE_CHECKING:
     from fedmpi.stop import Stop
     from fedmpi.transports.base import Transport
 
-FINISHED, FAILED, IMPOSSIBLE, STOPPED = 0, 1, 2, 75
+_AGAIN = "run the same command again to go on"
 ABOUT = "Fine-tune a language model across parties, in lockstep. Without any argument the recipe builtin:quickstart is run."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from a command line; gives the exit code."""
-    where = ""
-    try:
-        wanted, own = recipe.read(sys.argv[1:] if arguments is None else arguments, "python -m fedmpi.run", ABOUT)
-        world = from_environment(os.environ, wanted.transport)
-        where = f"rank {world.rank}"
-        return start(wanted, own, world)
-    except (ConfigError, WorldError) as error:
-        config.fail(error, where)
-        return IMPOSSIBLE
-    except FedmpiError as error:
-        config.fail(error, where)
-        return FAILED
+    return guarded(lambda: _enter(sys.argv[1:] if arguments is None else arguments), "")
+
+
+def _enter(arguments: Sequence[str]) -> int:
+    wanted, own = recipe.read(arguments, "python -m fedmpi.run", ABOUT)
+    world = from_environment(os.environ, wanted.transport)
+    return guarded(lambda: start(wanted, own, world), f"rank {world.rank}")
 
 
 def start(wanted: Recipe, own: Any, world: World) -> int:
@@ -63,7 +60,7 @@ def start(wanted: Recipe, own: Any, world: World) -> int:
         print(f"fedmpi: {world.describe()}", flush=True)
     with open_transport(world, wanted.timeout_s) as transport:
         if transport is not None:
-            stop.tell_with(transport.want_stop)
+            stop.share(transport.want_stop, transport.stop_wanted)
         return Program(wanted, own, world, stop, Post(transport) if transport is not None else None).run()
 
 
@@ -94,20 +91,26 @@ class Program:
         """Gives the exit code, the same on every rank."""
         path = self._path()
         with ExitStack() as held:
-            if self.world.rank == 0:
-                from fedmpi.folder import RunFolder
-
-                experiment, settings = self._identity()
-                folder = RunFolder(path, experiment, self.recipe.keep)
-                folder.claim(self.recipe.resume, settings)
-                held.enter_context(folder.lock())
             training.load_hooks(self.recipe.train.hooks)  # a wrong name fails now, not in every client's turn
+            if self.world.rank == 0:
+                held.enter_context(self._claimed(path))
             self._tell(path, "running")
             try:
                 return self._scenarios(path)
             except BaseException:
                 self._tell(path, "failed")
                 raise
+
+    def _claimed(self, path: Path) -> AbstractContextManager[Any]:
+        """The run folder, taken and locked; another's is not even locked."""
+        from fedmpi.folder import RunFolder
+
+        experiment, settings = self._identity()
+        folder = RunFolder(path, experiment, self.recipe.keep)
+        folder.check(self.recipe.resume, settings)
+        lock = folder.lock()
+        folder.claim(self.recipe.resume, settings)
+        return lock
 
     def _identity(self) -> tuple[str, dict[str, Any]]:
         """What names this experiment, and all its settings: the recipe's and the algorithm's own."""
@@ -124,13 +127,16 @@ class Program:
         for name in names:
             folder = path / name if len(names) > 1 and name != "fed" else path
             end, results[name] = self._fed(host, folder) if name == "fed" else self._solos(name, host, folder)
+            if end is End.SIGNAL:
+                self._tell(path, "preempted")
+                if self.world.rank == 0:
+                    print(f"fedmpi: told to stop, and stopped after a committed round: {_AGAIN}", flush=True)
+                return STOPPED
             if end is not End.FINISHED:
-                self._tell(path, "preempted" if end is End.SIGNAL else "failed")
-                if end is End.SIGNAL and self.world.rank == 0:
-                    print(
-                        "fedmpi: told to stop, and stopped after a committed round: run the same command again to go on", flush=True
-                    )
-                return STOPPED if end is End.SIGNAL else FAILED
+                self._tell(path, "failed")
+                why = "too few updates counted, as rank 0 says above; what had counted is kept"
+                fail(QuorumLost(f"the run is given up: {why}: {_AGAIN}"), f"rank {self.world.rank}")
+                return FAILED
         if self.world.rank == 0:
             from fedmpi import report
 
@@ -209,7 +215,8 @@ def show(results: Mapping[str, Any], path: Path) -> None:
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for name, scores in rows_of(results):
         accuracy = scores.get("exact_match")
-        table.add_row(name, f"{scores['eval_loss']:.3f}", "-" if accuracy is None else f"{accuracy:.1%}")
+        loss = scores.get("eval_loss")
+        table.add_row(name, "-" if loss is None else f"{loss:.3f}", "-" if accuracy is None else f"{accuracy:.1%}")
     print(f"results in {path}")
     Console(width=100, force_terminal=False).print(table)  # no escapes: a rank may have a terminal while its output is a file
 

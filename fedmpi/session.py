@@ -77,7 +77,7 @@ class Session:
         folder = RunFolder(self.path, self.experiment, recipe.keep)
         folder.claim("auto", self.settings)  # the program has looked at --resume; what is in the folder is its own
         committed = folder.resume()
-        done, rows = folder.summary(), self.host.parties.known(fed.about)
+        done, rows = folder.finished(committed), self.host.parties.known(fed.about)
         facts = {**self.facts, "data": rows}
         if committed:
             folder.same_data(rows)

@@ -4,6 +4,7 @@ They are handed out by the same rounds and gather as everything else: one outer 
 of its own.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ def run_solos(
     fed = Federation(place(len(jobs), size), rank, post)
     fed.greet(experiment, dict.fromkeys(fed.placement.hosted_by(rank), 1))
     if rank == SERVER:
-        end = End.SIGNAL if stop.signal else End.NO
+        end = End.SIGNAL if stop.wanted() else End.NO
         fed.conductor = Conductor([1] * len(jobs), 1, seed, len(jobs), "all", "equal", len(jobs), "stop", end=end)
     fed.welcome({}, 1 << 20)
     finals: dict[int, Any] = {}
@@ -48,6 +49,8 @@ def run_solos(
             for update in fed.gather(rnd, jobs, _run):
                 finals[update.client] = update.metrics["final"]
                 ends.add(End(update.metrics["end"]))
+                if update.metrics["end"] == End.GIVEN_UP:
+                    print(f"fedmpi: {name}: client {update.client} gave up, its output says why", file=sys.stderr, flush=True)
                 print(f"{name}: {len(finals)} of {len(jobs)} done", flush=True)
         except QuorumLost:
             if fed.conductor is None:
@@ -56,7 +59,7 @@ def run_solos(
         if fed.conductor is not None and not fed.conductor.end:
             if End.GIVEN_UP in ends:
                 fed.conductor.end = End.GIVEN_UP
-            elif End.SIGNAL in ends or stop.signal or fed.stop_wanted():
+            elif End.SIGNAL in ends or stop.wanted():
                 fed.conductor.end = End.SIGNAL
     fed.farewell()
     return fed.end, finals

@@ -11,18 +11,23 @@ class Stop:
     """Whether this process has been told to stop, and by what. Set by signal handlers, read between rounds."""
 
     signal: str | None = None
-    tell: Callable[[], None] | None = None  # passes it on to the server; safe in a signal handler
+    tell: Callable[[], None] | None = None  # passes it on to the other ranks; safe in a signal handler
+    hear: Callable[[], bool] | None = None  # whether another rank was told
 
     def install(self) -> None:
         """Listen from now on."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._noted)
 
-    def tell_with(self, tell: Callable[[], None]) -> None:
-        """Pass signals on this way, one that came earlier too."""
-        self.tell = tell
+    def share(self, tell: Callable[[], None], hear: Callable[[], bool]) -> None:
+        """Pass signals on this way, one that came earlier too, and hear of those that came to others."""
+        self.tell, self.hear = tell, hear
         if self.signal:
             tell()
+
+    def wanted(self) -> bool:
+        """Whether the job is to stop, whichever rank was told."""
+        return self.signal is not None or (self.hear is not None and self.hear())
 
     def _noted(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal:

@@ -54,7 +54,7 @@ class World:
         again = f", restart {self.restart}" if self.restart else ""
         return (
             f"{ranks} from {LAUNCHERS[self.launcher]}, transport {self.transport}{at}{again}; "
-            f"this is rank {self.rank}, {self.local_rank} of {self.local_size} on its node"
+            f"this is rank {self.rank}, with local rank {self.local_rank} among {self.local_size} on its node"
         )
 
 

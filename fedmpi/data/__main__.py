@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import numpy
 
 from fedmpi import config
+from fedmpi.command import FINISHED, guarded
 from fedmpi.data import Config
 from fedmpi.data.clients import ClientData, Federated, federate
 from fedmpi.data.declared import FEDERATED, Published
 from fedmpi.data.prompts import Counts
-from fedmpi.errors import FedmpiError
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,16 @@ def main(arguments: Sequence[str]) -> int:
     """Print the table, or one line that says why there is none."""
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--data.name", *arguments]
-    try:
-        given = config.parse(Show, arguments, "python -m fedmpi.data [NAME]", "Print the clients of a data set.")
-        settings = Show(given.clients, given.seed, given.data, given.model)
-        federated = federate(settings.data, settings.clients, settings.seed)
-        print(table(federated, count(federated, settings)))
-    except FedmpiError as error:
-        config.fail(error, "data")
-        return 2
-    return 0
+    return guarded(lambda: show(arguments), "data")
+
+
+def show(arguments: Sequence[str]) -> int:
+    """Read, deal, print."""
+    given = config.parse(Show, arguments, "python -m fedmpi.data [NAME]", "Print the clients of a data set.")
+    settings = Show(given.clients, given.seed, given.data, given.model)
+    federated = federate(settings.data, settings.clients, settings.seed)
+    print(table(federated, count(federated, settings)))
+    return FINISHED
 
 
 def count(federated: Federated, settings: Show) -> list[Counts] | None:

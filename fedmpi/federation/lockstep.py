@@ -108,10 +108,6 @@ class Federation:
         """Why no round follows; NO while one does."""
         return self._now.end if self._now is not None else End.NO
 
-    def stop_wanted(self) -> bool:
-        """Whether another rank has been told to stop; the server asks before it announces the next round."""
-        return self.post is not None and self.post.transport.stop_wanted()
-
     def measure(self, tensors: Tensors) -> scores.Figures:
         """The server asks between rounds: each client's figures of these tensors, on rows that do not leave their ranks."""
         assert self.answer is not None

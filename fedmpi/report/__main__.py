@@ -2,7 +2,7 @@
 
     python -m fedmpi.report RUN_DIR [--out FILE]
 
-Exit codes: 0 written, 1 the page could not be written, 2 the folder is not one that a run left whole.
+Exit codes: 0 written, 1 a file is broken or the page could not be written, 2 this is not the folder of a run.
 """
 
 import argparse
@@ -10,10 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedmpi import config, report
-from fedmpi.errors import CheckpointError, ConfigError
-
-WRITTEN, FAILED, BAD_FOLDER = 0, 1, 2
+from fedmpi import report
+from fedmpi.command import FINISHED, guarded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,17 +21,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, help="the folder of a run")
     parser.add_argument("--out", type=Path, default=None, help="where the page goes; default RUN_DIR/report.html")
     given = parser.parse_args(arguments)
-    try:
-        found = report.read(given.run_dir)
-    except (ConfigError, CheckpointError) as error:
-        config.fail(error, "report")
-        return BAD_FOLDER
-    try:
-        print(report.save(found, given.out or given.run_dir / "report.html"))
-    except CheckpointError as error:
-        config.fail(error, "report")
-        return FAILED
-    return WRITTEN
+    return guarded(lambda: make(given.run_dir, given.out or given.run_dir / "report.html"), "report")
+
+
+def make(run_dir: Path, page: Path) -> int:
+    """Read, draw, write."""
+    print(report.save(report.read(run_dir), page))
+    return FINISHED
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """What a run folder says, whole or so far, as one value. It reads files and judges their form; it never draws and never writes."""
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import yaml
 
 from fedmpi.errors import CheckpointError, ConfigError
-from fedmpi.folder import read_lines
+from fedmpi.folder import read_metrics, read_object
 from fedmpi.run import rows_of
 
 Line = dict[str, Any]
@@ -110,20 +109,20 @@ def read(path: Path) -> Run:
 def _read(path: Path) -> Run:
     solos = path / "local" / "clients" if (path / "local").is_dir() else path / "clients"
     numbered = sorted(int(folder.name) for folder in solos.glob("*") if folder.name.isdecimal())
-    found = {client: _object(solos / str(client) / "summary.json") for client in numbered}
+    found = {client: read_object(solos / str(client) / "summary.json") for client in numbered}
     alone = {client: summary for client, summary in found.items() if summary is not None}
-    lines = list(_lines(path))
+    lines = list(read_metrics(path))
     solo_only = not lines and not (path / "summary.json").exists()
     traces = {client: _own_trace(solos / str(client)) for client in numbered} if solo_only else traces_of(lines)
     return Run(
         path=path,
         settings=_settings(path / "config.yaml"),
-        record=_object(path / "record.json") or {},
-        state=(_object(path / "state.json") or {}).get("state"),
+        record=read_object(path / "record.json") or {},
+        state=(read_object(path / "state.json") or {}).get("state"),
         lines=lines,
-        summary=_object(path / "summary.json"),
+        summary=read_object(path / "summary.json"),
         alone=alone,
-        pooled=_object(path / "global" / "summary.json"),
+        pooled=read_object(path / "global" / "summary.json"),
         traces=traces,
     )
 
@@ -139,27 +138,7 @@ def traces_of(lines: Sequence[Line]) -> dict[int, Points]:
 
 
 def _own_trace(folder: Path) -> Points:
-    return [(line["round"], value) for line in _lines(folder) if (value := number(line.get("train_loss"))) is not None]
-
-
-def _lines(folder: Path) -> Iterator[Line]:
-    path = folder / "metrics.jsonl"
-    for position, line in enumerate(read_lines(path), start=1):
-        if not isinstance(line, dict) or not isinstance(line.get("round"), int):
-            raise CheckpointError(f"{path}, line {position}: an object with a round number is expected; restore the file")
-        yield line
-
-
-def _object(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): restore it, or remove it and start the run again") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}, expected an object: restore the file")
-    return found
+    return [(line["round"], value) for line in read_metrics(folder) if (value := number(line.get("train_loss"))) is not None]
 
 
 def _settings(path: Path) -> dict[str, Any]:

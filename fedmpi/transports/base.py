@@ -95,13 +95,13 @@ class Transport:
             raise LinkError(f"{phase}: rank {self.rank} uses its transport after it was closed")
 
     def want_stop(self) -> None:
-        """Tell the server soon that this rank was asked to stop. Safe in a signal handler."""
+        """Tell the others soon that this rank was asked to stop. Safe in a signal handler."""
         self._stop = True
-        if 0 in self._links:
-            self._links[0].post(Kind.STOP_WANTED)
+        for link in self._links.values():
+            link.post(Kind.STOP_WANTED)
 
     def stop_wanted(self) -> bool:
-        """Whether this rank, or on the server any rank, was asked to stop."""
+        """Whether any rank was asked to stop, as far as it is known here."""
         return self._stop
 
     def reopen(self, peer: int) -> None:
@@ -171,7 +171,8 @@ class Transport:
             return
         with self._state:
             if header.kind == Kind.STOP_WANTED:
-                self._stop = True
+                if not self._stop:  # the server hears it from one client and tells the others
+                    self.want_stop()
             elif header.kind == Kind.ABORT:
                 text = b"" if payload is None else payload.numpy().tobytes()
                 self._spread(text.decode(errors="replace"), link)

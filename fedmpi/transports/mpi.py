@@ -16,7 +16,7 @@ from time import monotonic, sleep
 from types import ModuleType
 from typing import Any
 
-from fedmpi.errors import WorldError
+from fedmpi.errors import PeerSilent, WorldError
 from fedmpi.messages import CHUNK_BYTES
 from fedmpi.transports.base import GRACE_S, Transport
 from fedmpi.world import World
@@ -194,7 +194,7 @@ def _meet(mpi: ModuleType, world: World, timeout_s: float) -> None:
         _finish(mpi, [everyone.Isend([text, mpi.BYTE], rank, VERDICT) for rank in others], GRACE_S)
     if verdict:
         _abort_at_exit(mpi)
-        raise WorldError(verdict)
+        raise PeerSilent(verdict)
 
 
 def _complaint(missing: list[int], size: int, timeout_s: float) -> str:
@@ -220,7 +220,7 @@ def open(world: World, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES) -> T
     comm, duplicated = mpi.COMM_WORLD.Idup()
     if _finish(mpi, [duplicated], timeout_s):
         _abort_at_exit(mpi)
-        raise WorldError(f"rank {world.rank} of {world.size}: MPI_Comm_idup did not finish within {timeout_s:g} s")
+        raise PeerSilent(f"rank {world.rank} of {world.size}: MPI_Comm_idup did not finish within {timeout_s:g} s")
     progress = Progress(mpi)
     atexit.register(progress.stop)
     generations = dict.fromkeys([0] if world.rank else range(1, world.size), 0)

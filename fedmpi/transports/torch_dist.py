@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore, Work  # type: ignore[attr-defined]
 
-from fedmpi.errors import LinkError, PeerLost, WorldError
+from fedmpi.errors import LinkError, PeerLost, PeerSilent
 from fedmpi.messages import CHUNK_BYTES
 from fedmpi.transports.base import GRACE_S, Transport
 from fedmpi.world import World
@@ -88,7 +88,8 @@ class Rendezvous:
             tcp = TCPStore(host, int(port), None, world.hosts_store, deadline, wait_for_workers=False)
         except (RuntimeError, ValueError) as error:
             does = "cannot open its store" if world.hosts_store else f"found no store of rank 0 within {timeout_s:g} s"
-            raise WorldError(f"rank {world.rank} of {world.size} {does} at {world.store} ({_reason(error)})") from None
+            kind = LinkError if world.hosts_store else PeerSilent
+            raise kind(f"rank {world.rank} of {world.size} {does} at {world.store} ({_reason(error)})") from None
         self._tcp, self._store = tcp, PrefixStore(f"fedmpi/{world.restart}", tcp)
         self._device = _device(world, host)
 
@@ -97,7 +98,7 @@ class Rendezvous:
         self._store.set(f"arrived/{self.world.rank}", "1")
         verdict = self._verdict() if self.world.rank else self._judge()
         if verdict:
-            raise WorldError(verdict)
+            raise PeerSilent(verdict)
 
     def _judge(self) -> str:
         """The server's part. It goes with a bad verdict only when the others have heard it: the store may go with it."""
@@ -181,8 +182,10 @@ def open(world: World, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES) -> T
     try:
         rendezvous.meet()
         wires = {peer: rendezvous.link(peer) for peer in ([0] if world.rank else range(1, world.size))}
+    except PeerSilent:
+        raise
     except (LinkError, RuntimeError) as error:
-        raise WorldError(f"rank {world.rank} of {world.size} could not meet the others: {_reason(error)}") from None
+        raise PeerLost(f"rank {world.rank} of {world.size} could not meet the others: {_reason(error)}") from None
     return Transport(world.rank, world.size, wires, rendezvous.link, timeout_s=timeout_s, chunk_bytes=chunk_bytes)
 
 

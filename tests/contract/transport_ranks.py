@@ -7,7 +7,7 @@ import traceback
 import torch
 import transport_cases
 
-from fedmpi.errors import WorldError
+from fedmpi.errors import LinkError
 from fedmpi.transports.base import Transport
 from fedmpi.world import World
 
@@ -42,7 +42,7 @@ def gloo_rank(names: list[str], rank: int, size: int, port: int, timeout_s: floa
     torch.set_num_threads(1)
     try:
         t = torch_dist.open(world("torch", rank, size, port), timeout_s=timeout_s, chunk_bytes=transport_cases.CHUNK_BYTES)
-    except WorldError as error:
+    except LinkError as error:
         back.send([("open", str(error))])
     else:
         back.send(run_cases(t, names))
@@ -62,7 +62,7 @@ def mpi_rank(names: list[str], timeout_s: float, folder: str) -> int:
     try:
         t = mpi.open(world("mpi", rank, size), timeout_s=timeout_s, chunk_bytes=transport_cases.CHUNK_BYTES)
         report = run_cases(t, names)
-    except WorldError as error:
+    except LinkError as error:
         report = [("open", str(error))]
     with open(f"{folder}/{rank}", "w") as file:
         file.write(repr(report))

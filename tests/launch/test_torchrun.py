@@ -81,7 +81,7 @@ def test_one_process_stopped_by_a_signal_says_so_in_its_exit_code(tmp_path: Path
 
 def test_a_rank_that_never_arrives_is_named(tmp_path: Path) -> None:
     alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    output = run([sys.executable, *PROGRAM, "--run_dir", "run", "--timeout_s", "4"], tmp_path, code=None, **alone)
+    output = run([sys.executable, *PROGRAM, "--run_dir", "run", "--timeout_s", "4"], tmp_path, code=1, **alone)
     (line,) = [line for line in output.splitlines() if "rank 1" in line]
     assert "Traceback" not in output and "4" in line
     assert not (tmp_path / "run" / "adapter").exists()

@@ -2,17 +2,34 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fedmpi import recipe as recipes
 from fedmpi.federation.post import Post
 from fedmpi.recipe import Recipe
 from fedmpi.run import Program
 from fedmpi.stop import Stop
+from fedmpi.training import Hook
 from fedmpi.transports import in_process
 from fedmpi.world import World
+
+
+@dataclass(frozen=True)
+class Stops(Hook):
+    """At the turn that a test names, counted over all ranks, a rank is told to stop as by a signal."""
+
+    left: ClassVar[int] = -1
+    tell: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
+
+    def before_fit(self, model: Any) -> None:
+        Stops.left -= 1
+        if Stops.left == 0:
+            Stops.tell()
+
+
+STOPS = f"--train.hooks=[{__name__}.Stops]"
 
 
 def recipe(*arguments: str) -> Recipe:
@@ -20,20 +37,24 @@ def recipe(*arguments: str) -> Recipe:
     return recipes.read(list(arguments), "test", "")[0]
 
 
-def run(wanted: Recipe, folder: Path, size: int = 1, stop_rank: int | None = None) -> list[Any]:
-    """Run a recipe with `size` ranks; gives every rank's exit code, or what it raised."""
+def run(wanted: Recipe, folder: Path, size: int = 1, stop_rank: int | None = None, stop_turn: int = 0) -> list[Any]:
+    """Run a recipe with `size` ranks; gives every rank's exit code, or what it raised. With STOPS among the recipe's hooks, rank
+    `stop_rank` is told to stop at turn `stop_turn`."""
     wanted = replace(wanted, run_dir=str(folder))
     if size == 1:
         return [_program(wanted, 0, 1, None).run()]
     results: list[Any] = [None] * size
     transports = in_process.open_all(size, timeout_s=wanted.timeout_s)
+    Stops.left = stop_turn
+    if stop_rank is not None:
+        Stops.tell = staticmethod(transports[stop_rank].want_stop)
 
     def rank(number: int) -> None:
         try:
             with transports[number] as transport, transport.turn:
-                if number == stop_rank:
-                    transport.want_stop()
-                results[number] = _program(wanted, number, size, Post(transport)).run()
+                program = _program(wanted, number, size, Post(transport))
+                program.stop.share(transport.want_stop, transport.stop_wanted)
+                results[number] = program.run()
         except BaseException as error:  # noqa: BLE001 - a test looks at it
             results[number] = error
 

@@ -42,6 +42,7 @@ def said(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (("--algorithm=fedbest",), ["fedbest", "fedavg"]),
         (("--config=nowhere.yaml",), ["nowhere.yaml"]),
         (("--timeout_s=0",), ["timeout_s"]),
+        (("--timeout_s=.inf",), ["timeout_s inf", "a week"]),
         (("--ranks_per_client=2",), ["train.engine ddp"]),
         (("--train.engine=ddp",), ["train.engine ddp", "ranks_per_client or groups"]),
         (("--ranks_per_client=2", "--train.engine=ddp"), ["groups [2] take 2 ranks", "start 3 ranks"]),
@@ -79,6 +80,46 @@ def test_files_and_models(said, tmp_path: Path, monkeypatch, arguments: tuple[st
     code, line = said(*arguments)
     assert code in (1, 2)
     assert all(word in line for word in words), line
+
+
+def test_a_start_that_failed_over_a_path_can_be_corrected(said, settings: list[str], tmp_path: Path) -> None:
+    """The same --run_dir, first with a model that is not there, then with rows that are not there, then right."""
+    assert said("--model.path=./nowhere/model")[0] == 1
+    assert said("--data.name=json", "--data.path=nowhere.jsonl", "--resume=never")[0] in (1, 2)
+    assert run.main([*settings, f"--run_dir={tmp_path / 'run'}", "--resume=never"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("summary.json", b"", ["summary.json", "not JSON"]),
+        ("metrics.jsonl", b"\xff\xfe\n", ["metrics.jsonl", "cannot be read"]),
+        ("metrics.jsonl", b"5\n{}\n", ["metrics.jsonl, line 1", "an object is expected, found 5"]),
+        ("metrics.jsonl", b"{}\n", ["metrics.jsonl, line 1", "round number"]),
+        ("record.json", b"[]", ["record.json", "cannot be read"]),
+    ],
+)
+def test_a_file_of_the_run_that_is_broken(
+    said, settings: list[str], tmp_path: Path, name: str, content: bytes, words: list[str]
+) -> None:
+    assert run.main([*settings, f"--run_dir={tmp_path / 'run'}"]) == 0
+    (tmp_path / "run" / name).write_bytes(content)
+    code, line = said()
+    assert code == 1 and all(word in line for word in words), line
+    assert (tmp_path / "run" / name).read_bytes() == content
+
+
+def test_a_folder_that_cannot_be_made(said, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        code, line = said(f"--run_dir={folder}")
+        assert code == 2 and "cannot be used" in line and str(folder) in line
+
+
+def test_a_recipe_with_a_character_that_no_path_takes(said, tmp_path: Path) -> None:
+    (tmp_path / "nul.yaml").write_text('data: {path: "rows\\0.jsonl"}\n')
+    code, line = said(f"--config={tmp_path / 'nul.yaml'}")
+    assert code == 2 and "path" in line and "NUL" in line
 
 
 def test_a_folder_in_use(said, tmp_path: Path) -> None:

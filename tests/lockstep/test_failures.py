@@ -72,4 +72,24 @@ def test_a_run_without_a_quorum_stops_with_its_reason(
 ) -> None:
     Fails.turns = set(range(100))
     assert run(recipe(*settings, HOOK, "--on_quorum_lost=stop"), tmp_path, size) == [1] * size
-    assert "--min_clients is 1" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--min_clients is 1" in said
+    assert all(f"fedmpi: rank {rank}: QuorumLost: the run is given up" in said for rank in range(size))
+    assert [line["event"] for line in lines_of(tmp_path)] == ["evaluation", "quorum_lost"]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_giving_up_keeps_what_counted_since_the_last_checkpoint(settings: list[str], tmp_path: Path, size: int) -> None:
+    """With a checkpoint every ten rounds, the third of four loses all its clients for good; later it finds them again."""
+    rare = [*settings, HOOK, "--checkpoint_every=10", "--on_quorum_lost=stop", "--train.optimizer_state=keep"]
+    Fails.turns = set(range(10, 15))
+    assert run(recipe(*rare), tmp_path / "run", size) == [1] * size
+    assert [(line["round"], line.get("event")) for line in lines_of(tmp_path / "run")] == [
+        (-1, "evaluation"), (0, None), (1, None), (2, "quorum_lost"),
+    ]  # fmt: skip
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("round-*")] == ["round-000001"]
+    assert run(recipe(*rare), tmp_path / "run") == [0]
+    told = [line.get("event") for line in lines_of(tmp_path / "run")]
+    assert told == ["evaluation", None, None, "quorum_lost", "resume", None, None]
+    run(recipe(*rare), tmp_path / "whole")
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedmpi.errors import Aborted
-from tests.lockstep.ranks import adapter, recipe, run
+from tests.lockstep.ranks import STOPS, adapter, recipe, run
 
 
 @pytest.mark.parametrize("kept", ["fresh", "keep"])
@@ -29,9 +29,9 @@ def test_kept_optimisers_matter(settings: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first,then", [(1, 4), (4, 1), (2, 7)])
 def test_a_stopped_run_ends_in_the_same_bytes_on_other_ranks(settings: list[str], tmp_path: Path, first: int, then: int) -> None:
-    wanted = recipe(*settings, "--train.optimizer_state=keep", "--clients_per_round=9")
+    wanted = recipe(*settings, "--train.optimizer_state=keep", "--clients_per_round=9", STOPS)
     run(wanted, tmp_path / "whole")
-    stopped = run(wanted, tmp_path / "parts", max(first, 2), stop_rank=1)
+    stopped = run(wanted, tmp_path / "parts", max(first, 2), stop_rank=1, stop_turn=3)
     assert set(stopped) == {75}
     state = json.loads((tmp_path / "parts" / "state.json").read_text())
     assert state["state"] == "preempted"

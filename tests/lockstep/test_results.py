@@ -1,6 +1,7 @@
 """What a run leaves behind is what it measured: the adapter opens with PEFT, the scenarios fill the table, early stopping stops."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import torch
 
 from fedmpi import recipe as recipes
 from fedmpi.data import federate, tokenize
+from fedmpi.errors import CheckpointError
 from fedmpi.evaluation import heldout_loss
-from tests.lockstep.ranks import adapter, recipe, run
+from tests.lockstep.ranks import STOPS, adapter, recipe, run
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -61,6 +63,34 @@ def test_local_runs_have_the_same_bytes_wherever_they_run(settings: list[str], t
         run(short, tmp_path / str(size), size)
     for client in range(3):
         assert adapter(tmp_path / "1" / "clients" / str(client)) == adapter(tmp_path / "4" / "clients" / str(client))
+
+
+def test_a_signal_on_one_rank_stops_every_client_that_trains_alone(settings: list[str], tmp_path: Path) -> None:
+    alone = ["--scenario=local", "--clients=3", "--clients_per_round=3", "--rounds=500", STOPS]
+    assert run(recipe(*settings, *alone), tmp_path, 4, stop_rank=2, stop_turn=2) == [75] * 4
+    assert json.loads((tmp_path / "state.json").read_text())["state"] == "preempted"
+    rounds = [len(lines_of(path)) for path in (tmp_path / "clients").iterdir() if (path / "metrics.jsonl").exists()]
+    assert rounds and all(num < 250 for num in rounds), rounds
+
+
+def test_results_that_went_missing_are_made_again(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = recipe(*settings)
+    run(wanted, tmp_path)
+    before = adapter(tmp_path)
+    shutil.rmtree(tmp_path / "adapter")
+    assert run(wanted, tmp_path, 2) == [0, 0]
+    assert "adapter is gone: it is made again" in capsys.readouterr().out
+    assert adapter(tmp_path) == before
+    (tmp_path / "metrics.jsonl").unlink()
+    assert run(wanted, tmp_path) == [0]
+    assert "metrics.jsonl lacks the lines of 3 committed rounds (from round 0 on)" in capsys.readouterr().out
+    (tmp_path / "summary.json").unlink()
+    assert run(wanted, tmp_path) == [0]
+    assert json.loads((tmp_path / "summary.json").read_text())["rounds"] == 4
+    shutil.rmtree(tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match="adapter is gone, and without checkpoints it cannot be made again"):
+        run(wanted, tmp_path)
 
 
 def test_early_stopping(settings: list[str], tmp_path: Path) -> None:

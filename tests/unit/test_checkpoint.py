@@ -109,8 +109,10 @@ def test_whose_folder_it_is(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(ConfigError, match="is empty and --resume is must"):
         folder_of(run).claim("must", {})
-    folder_of(run).claim("never", {"rounds": 3})
+    folder_of(run, "misspelt").claim("never", {"rounds": 2})
+    folder_of(run).claim("never", {"rounds": 3})  # a start that came to no round holds nothing that could be lost
     assert (run / "config.yaml").read_text() == "rounds: 3\n"
+    folder_of(run).checkpoints.commit(0, TENSORS, {"lines": []}, {})
     with pytest.raises(ConfigError, match="not empty and --resume is never"):
         folder_of(run).claim("never", {})
     with pytest.raises(ConfigError, match="belongs to experiment exp, this configuration is other"):

@@ -374,7 +374,7 @@ def test_without_a_path_the_hub_is_asked_and_its_silence_is_one_line():
     pytest.importorskip("datasets", reason="the hub needs datasets (pip install 'fedmpi[data]')")
     program = [sys.executable, "-m", "fedmpi.data", "fed-dolly"]
     ended = subprocess.run(program, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.returncode == 1 and ended.stdout == ""
     [line] = ended.stderr.splitlines()
     assert "databricks/databricks-dolly-15k cannot be had from the hub" in line and line.endswith("give data.path")
 

@@ -157,7 +157,7 @@ def test_bad_environments_say_what_was_found(environ: dict[str, str], transport:
 def test_describe_is_one_line_with_every_decision() -> None:
     decided, who = from_environment(TORCHRUN).describe().split("; ")
     assert decided == "4 ranks from torchrun, transport torch, store node1:29400, restart 2"
-    assert who == "this is rank 3, 1 of 2 on its node"
+    assert who == "this is rank 3, with local rank 1 among 2 on its node"
     assert from_environment({}).describe().startswith("1 rank from no launcher, transport in_process; ")
 
 

@@ -1,0 +1,34 @@
+"""What all commands have in common: exit codes, and one clear line instead of a traceback. It never knows what is run."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from fedmpi.errors import ConfigError, FedmpiError, WorldError
+
+FINISHED, FAILED, IMPOSSIBLE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+
+
+def guarded(work: Callable[[], int], where: str) -> int:
+    """The exit code of `work`; `where` says who speaks when it fails."""
+    try:
+        return work()
+    except (ConfigError, WorldError) as error:
+        fail(error, where)
+        return IMPOSSIBLE
+    except FedmpiError as error:
+        fail(error, where)
+        return FAILED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered would be the next such error
+        fail(FedmpiError("what this prints to was closed (head, or a terminal that went away): give it a file"), where)
+        return FAILED
+    except KeyboardInterrupt:
+        fail(FedmpiError("interrupted, and left at once; what was written to disk is kept"), where)
+        return INTERRUPTED
+
+
+def fail(error: Exception, where: str) -> None:
+    """The one clear line that a user gets instead of a traceback."""
+    place = f"{where}: " if where else ""
+    print(f"fedmpi: {place}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
