@@ -1,0 +1,113 @@
+"""Which faults there are, where each is possible, and how it is made inside a rank's own process."""
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+SERVER = ("announce", "broadcast", "gather", "commit", "committed")  # phases of a round, in their order, on the server
+CLIENT = ("announced", "train", "upload")  # and on a client
+PAUSE_S, LONG_PAUSE_S = 0.7, 9.0  # below and above the deadline of the runs
+DEADLINE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that goes wrong once: when the given rank comes to this phase of this round."""
+
+    kind: str
+    phase: str
+    round: int
+    rank: int
+
+    @property
+    def name(self) -> str:
+        """Also the name of the file that tells a restarted process that this has happened."""
+        return f"{self.kind}-{self.phase}-{self.round}-{self.rank}"
+
+
+EVERYWHERE = SERVER + CLIENT
+PHASES: Mapping[str, tuple[str, ...]] = {
+    "kill": EVERYWHERE,  # SIGKILL
+    "pause": EVERYWHERE,  # SIGSTOP, and SIGCONT before the others give up
+    "freeze": EVERYWHERE,  # SIGSTOP for longer than the deadline
+    "term": EVERYWHERE,
+    "usr1": EVERYWHERE,
+    "reset": EVERYWHERE,  # every TCP connection of the process is shut down
+    "slow": EVERYWHERE,  # the next writes to a link take their time
+    "clock": EVERYWHERE,  # the wall clock jumps by a day
+    "flip": ("broadcast", "upload"),  # one bit of the next large piece on a link
+    "exception": ("train", "upload"),
+    "memory": ("train",),  # as when an allocation fails
+    "nan": ("train", "upload"),  # in the weights while training; in the update behind all of the client's own checks
+    "full": ("commit",),  # no room for the checkpoint
+    "truncate": ("committed",),  # the newest checkpoint loses its second half, and the process is killed
+}
+IN_THREADS = ("exception", "memory", "nan", "kill", "term", "usr1", "clock", "full", "truncate", "slow", "flip")
+
+
+def possible(kind: str, launcher: str) -> bool:
+    """Threads of one process share its signals and sockets: a whole process cannot be stopped under them and come back."""
+    return launcher != "in_process" or kind in IN_THREADS
+
+
+def kill_self() -> None:
+    """As when a machine goes down."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_self(seconds: float) -> None:
+    """Stop this process; a child of nobody lets it go on later."""
+    subprocess.Popen(["/bin/sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"], start_new_session=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def reset_connections() -> None:
+    """Shut every TCP connection of this process down, under the feet of whoever uses it."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            with socket.socket(fileno=os.dup(int(name))) as one:
+                if one.type == socket.SOCK_STREAM and one.family in (socket.AF_INET, socket.AF_INET6):
+                    one.shutdown(socket.SHUT_RDWR)
+        except OSError:  # not a socket, or not connected
+            continue
+
+
+def fill_disk() -> None:
+    """From now on this process can write no file of more than a few bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def jump_clock() -> None:
+    """A day passes at once, for all who ask for the time of day."""
+    today = time.time
+    time.time = lambda: today() + 86400.0
+
+
+def fail() -> None:
+    """An error in a client's work."""
+    raise RuntimeError("a fault of the campaign")
+
+
+def out_of_memory() -> None:
+    """What torch says when an allocation fails."""
+    raise MemoryError("a fault of the campaign: out of memory")
+
+
+DONE_AT_ONCE: Mapping[str, Callable[[], None]] = {
+    "kill": kill_self,
+    "pause": lambda: stop_self(PAUSE_S),
+    "freeze": lambda: stop_self(LONG_PAUSE_S),
+    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "usr1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+    "reset": reset_connections,
+    "clock": jump_clock,
+    "exception": fail,
+    "memory": out_of_memory,
+    "full": fill_disk,
+}
