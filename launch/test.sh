@@ -13,6 +13,8 @@ setup mpi dev
 
 # Slurm's daemons and the library behind srun --mpi=pmix; the tests start them with a configuration of their own.
 packages=(munge slurmctld slurmd slurm-client libpmix2 iproute2 util-linux)
+# The long tier compiles HumanEval-X as well: Go's ten programs alone take a minute, the headers of C++ half a gigabyte.
+if [ -z "$tier" ]; then packages+=(g++ libboost-dev libssl-dev golang-go golang-github-stretchr-testify-dev); fi
 missing=()
 for package in "${packages[@]}"; do
   dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
@@ -27,9 +29,9 @@ if [ ${#missing[@]} -gt 0 ]; then
       trap 'rm -f '$policy EXIT
     fi
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"; } \
-      >"$venv/apt.log" 2>&1 || left_out+=("Slurm: apt-get could not install ${missing[*]}, see $venv/apt.log")
+      >"$venv/apt.log" 2>&1 || left_out+=("Slurm or compilers: apt-get could not install ${missing[*]}, see $venv/apt.log")
   else
-    left_out+=("Slurm: needs root and apt to install ${missing[*]}")
+    left_out+=("Slurm or compilers: needs root and apt to install ${missing[*]}")
   fi
 fi
 

@@ -17,6 +17,9 @@ CASES = {
     ),
     "exchange.py --clients 2 --rounds 2 --mib 0.5 --launcher in_process": ("sec_per_round_median", "ratio_to_floor"),
     "data.py --rows 3000 --clients 10 --repeat 1": ("s", "cpu_s", "peak_rss_mb", "rows"),
+    "evaluation.py --rows 2 --batch 2 --tokens 8 --repeat 1": (
+        *("share_in_generate", "share_in_forward", "gsm8k_s", "one_at_a_time_s", "batched_s", "batching_ratio", "equal_answers"),
+    ),
     "latency.py --ranks 3 --rounds 4 --launcher in_process": ("ms_per_round", "ms_per_round_with_checkpoint"),
     "simulate.py --clients 3 --per_round 2 --rounds 3 --steps 1 --layers 1 --hidden 32": (
         *("added_ms_per_turn", "added_ms_per_round", "bare_ms_per_turn"),
