@@ -10,12 +10,17 @@ from fedmpi.errors import ConfigError
 from fedmpi.lazy import door
 
 if TYPE_CHECKING:
+    from fedmpi.offsite.alignment import Aligned as Aligned
+    from fedmpi.offsite.alignment import Goal as Goal
+    from fedmpi.offsite.alignment import align as align
+    from fedmpi.offsite.alignment import goal as goal
     from fedmpi.offsite.assembly import assemble as assemble
     from fedmpi.offsite.assembly import find_layers as find_layers
     from fedmpi.offsite.builders import Emulator as Emulator
     from fedmpi.offsite.builders import build as build
     from fedmpi.offsite.layers import Layout as Layout
     from fedmpi.offsite.layers import layout as layout
+    from fedmpi.offsite.proximal import Proximal as Proximal
 
 Builder = Literal["uniform"]
 
@@ -89,5 +94,7 @@ __getattr__ = door(
         **dict.fromkeys(("Layout", "layout"), "layers"),
         **dict.fromkeys(("assemble", "find_layers"), "assembly"),
         **dict.fromkeys(("Emulator", "build"), "builders"),
+        **dict.fromkeys(("goal", "Goal", "align", "Aligned"), "alignment"),
+        "Proximal": "proximal",
     },
 )

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -19,7 +19,15 @@ from fedmpi.training import Config, engines, optim
 from fedmpi.training.engines import Engine
 from fedmpi.training.hooks import Hook, Step, load_hooks
 
+# From a model, a batch and the model's device to the sum of a loss over the batch's supervised tokens, in fp32.
+Loss = Callable[[torch.nn.Module, Batch, torch.device], torch.Tensor]
 CHECK_EVERY = 16  # steps between two looks at the losses where a look is a wait for a GPU or for other ranks
+
+
+def token_loss(model: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+    """How badly the supervised tokens are predicted: what a client trains on."""
+    logits, targets = supervised_logits(model, batch, device)
+    return cross_entropy(logits.float(), targets, reduction="sum")
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class _Turn:
     """What stays the same during a fit."""
 
     engine: Engine
+    loss: Loss
     parameters: Mapping[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     config: Config
@@ -82,6 +91,7 @@ def fit(
     pad_id: int,
     hooks: Sequence[Hook] = (),
     state: optim.OptimState | None = None,
+    loss: Loss = token_loss,
 ) -> Fit:
     """Train the parameters of `model` that require gradients, in place.
 
@@ -92,7 +102,7 @@ def fit(
     started = time.perf_counter()
     if not model.training:
         model.train()
-    turn = _begin(model, examples, config, hooks, state)
+    turn = _begin(model, examples, config, hooks, state, loss)
     seed_everything(seed_for(seed, "dropout", *([turn.engine.rank] if turn.engine.rank else [])))
     draws = batches(examples, config.batch_size * turn.engine.size, seed_for(seed, "batches"), pad_id)
     try:
@@ -141,6 +151,7 @@ def _begin(
     config: Config,
     hooks: Sequence[Hook],
     state: optim.OptimState | None,
+    loss: Loss,
 ) -> _Turn:
     everything = dict(model.named_parameters())
     parameters = {name: p for name, p in everything.items() if p.requires_grad}
@@ -157,6 +168,7 @@ def _begin(
     num_micro = num_micro_batches(config, len(examples), engine.size)
     return _Turn(
         engine=engine,
+        loss=loss,
         parameters=parameters,
         optimizer=optimizer,
         config=config,
@@ -217,8 +229,7 @@ def _gradients(turn: _Turn, step: Step, tally: _Tally) -> Step:
 def _loss(turn: _Turn, batch: Batch) -> torch.Tensor:
     """The sum of the losses of this rank's share of a batch, in fp32."""
     with torch.autocast(turn.device.type, torch.bfloat16, enabled=turn.config.precision == "bf16"):
-        logits, targets = supervised_logits(turn.engine.model, turn.engine.share(batch), turn.device)
-    return cross_entropy(logits.float(), targets, reduction="sum")
+        return turn.loss(turn.engine.model, turn.engine.share(batch), turn.device)
 
 
 def _clip(turn: _Turn) -> torch.Tensor:

@@ -1,0 +1,129 @@
+"""The full model as what an emulator imitates: hidden states where the emulator ends, and outputs. It is never trained here.
+
+One pass gives both, without gradients. Where the adapter is at the model's end alone, what comes out of the layers before it never
+changes: kept for a pool of texts, it saves every pass but that through the adapter.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedmpi.data import Batch, Example, collate
+from fedmpi.errors import DataError
+from fedmpi.models.logits import IGNORED, supervised_logits
+from fedmpi.offsite.assembly import assemble, find_layers
+from fedmpi.offsite.layers import Layout
+from fedmpi.seeding import seed_for
+
+
+@dataclass(frozen=True)
+class Views:
+    """What a model makes of the supervised tokens of a batch, in reading order, in fp32: before the adapter's end, and at last."""
+
+    hidden: torch.Tensor
+    logits: torch.Tensor
+
+
+def look(model: torch.nn.Module, place: int, batch: Batch, device: torch.device) -> Views:
+    """One pass; `place` is the layer whose output counts."""
+    with _output_of(model, place) as seen:
+        logits, _ = supervised_logits(model, batch, device)
+    return Views(_supervised(seen[0], batch), logits.float())
+
+
+class Teacher:
+    """The full model with the current adapter in it, asked anew for every batch."""
+
+    def __init__(self, model: torch.nn.Module, layout: Layout) -> None:
+        self.model = model.eval()
+        self.place = layout.inner[-1]
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, device: torch.device) -> Views:
+        """What the student should see."""
+        return look(self.model, self.place, batch, device)
+
+
+class PooledTeacher:
+    """The full model with what its unchanging part makes of some texts; for a batch only the adapter is passed."""
+
+    def __init__(self, model: torch.nn.Module, layout: Layout, kept: Mapping[str, torch.Tensor]) -> None:
+        self.model = assemble(model, layout.adapter)
+        self.kept = kept
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, device: torch.device) -> Views:
+        """What the student should see."""
+        rows = [self.kept[name] for name in batch.ids]
+        hidden = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        with _input_of_first(self.model, hidden):
+            logits, _ = supervised_logits(self.model, batch, device)
+        return Views(_supervised(hidden, batch), logits.float())
+
+
+def pool(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
+    """So many examples, chosen by the seed; all of them where there are no more."""
+    chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed_for(seed, "pool")))
+    return [examples[index] for index in chosen[:size].tolist()]
+
+
+@torch.no_grad()
+def keep(
+    model: torch.nn.Module, layout: Layout, examples: Sequence[Example], batch_size: int, pad_id: int
+) -> dict[str, torch.Tensor]:
+    """Hidden states of the layers before the adapter by example, in main memory: one pass for each, in groups of a fixed order."""
+    lower = assemble(model, layout.inner)
+    device = next(lower.parameters()).device
+    kept: dict[str, torch.Tensor] = {}
+    for start in range(0, len(examples), batch_size):
+        group = examples[start : start + batch_size]
+        batch = collate(group, pad_id)
+        with _output_of(lower, -1) as seen:
+            supervised_logits(lower, batch, device)
+        for example, states in zip(group, seen[0].cpu(), strict=True):
+            kept[example.id] = states[: len(example.input_ids)].clone()
+    if len(kept) != len(examples):
+        raise DataError(
+            f"offsite.align_pool: of {len(examples)} public examples {len(examples) - len(kept)} share their id with others"
+        )
+    return kept
+
+
+def _supervised(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The states of the positions whose next token is supervised."""
+    places = (batch.labels[:, 1:] != IGNORED).flatten().nonzero()[:, 0]
+    return hidden[:, :-1].flatten(0, 1).index_select(0, places.to(hidden.device)).float()
+
+
+@contextmanager
+def _output_of(model: torch.nn.Module, place: int) -> Iterator[list[torch.Tensor]]:
+    """The hidden states that a layer gives while this lasts."""
+    seen: list[torch.Tensor] = []
+
+    def remember(module: torch.nn.Module, given: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = find_layers(model)[1][place].register_forward_hook(remember)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _input_of_first(model: torch.nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+    """The first layer gets these states, whatever was embedded."""
+
+    def put(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
+
+    handle = find_layers(model)[1][0].register_forward_pre_hook(put, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
