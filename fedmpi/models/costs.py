@@ -1,0 +1,154 @@
+"""What training costs: operations from a forward pass that is watched, memory from one that has shapes alone.
+
+Two operations per multiply-add. It must never know whose turn it is, or time.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import cross_entropy
+from transformers.pytorch_utils import Conv1D
+
+from fedmpi.models.backbone import decoder_layers
+from fedmpi.models.virtual import rows_in_front, virtual_positions
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of forward and backward: what the mathematics takes, whatever is saved, skipped or done again.
+
+    A matrix costs two per weight and token forward, two more where what went into it needs a gradient, two more where it is
+    trained; the head runs on every token. Attention costs its scores and its sum, over the whole square of positions, and on the
+    way back the gradients of all that goes into it (in the first trained layer that may be one product too many).
+    """
+
+    per_token: int
+    per_square: int  # of a position and one that it may see
+    per_step: int  # what makes virtual tokens, once per batch
+    front: int  # virtual tokens that are computed with every text
+    cached: int  # virtual tokens that are seen alone
+
+    def of(self, lengths: Iterable[int], num_steps: int = 1) -> int:
+        """Of texts of so many tokens, in so many batches."""
+        rows = [length + self.front for length in lengths]
+        squares = sum(num * (num + self.cached) for num in rows)
+        return self.per_token * sum(rows) + self.per_square * squares + self.per_step * num_steps
+
+
+@dataclass(frozen=True)
+class Call:
+    """One matrix in a forward pass: its weights, the rows that went in, and how often each weight is passed in a step."""
+
+    module: torch.nn.Module
+    num_weights: int
+    num_rows: int
+    passes: int
+
+    @property
+    def ops(self) -> int:
+        """For each row."""
+        return 2 * self.num_weights * self.passes
+
+
+@dataclass
+class Watch:
+    """What a forward pass went through."""
+
+    calls: list[Call] = field(default_factory=list)
+    attention: list[int] = field(default_factory=list)  # passes of each attention: one, or three where it is gone back through
+
+    def note(self, module: Any, given: tuple[Any, ...], _: object) -> None:
+        """A matrix, or the matrices of an LSTM."""
+        matrices = [p for p in module.parameters(recurse=False) if p.ndim == 2]
+        num_in = getattr(module, "in_features", None) or getattr(module, "input_size", None) or module.nx
+        # a quantised weight is packed: its layer says how large it is
+        num = num_in * module.out_features if hasattr(module, "out_features") else sum(p.numel() for p in matrices)
+        passes = 1 + bool(given[0].requires_grad) + any(p.requires_grad for p in matrices)
+        self.calls.append(Call(module, num, given[0].numel() // num_in, passes))
+
+    def attended(self, module: object, given: object, output: Any) -> None:
+        """An attention, whose scores go with the square of the length."""
+        first = output[0] if isinstance(output, tuple) else output
+        self.attention.append(3 if first.requires_grad else 1)
+
+    def work(self, model: Any) -> Work:
+        """The pass in figures that hold for every length. What was called with as many rows as the layers belongs to the text."""
+        head = model.get_output_embeddings()
+        heads = {id(module) for module in head.modules()} if head is not None else set()
+        inside = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
+        rows = max(call.num_rows for call in self.calls if id(call.module) in inside)
+        text = [call.num_rows == rows or id(call.module) in heads for call in self.calls]
+        front = rows_in_front(model)
+        return Work(
+            per_token=sum(call.ops for call, is_text in zip(self.calls, text, strict=True) if is_text),
+            per_square=4 * _attention_width(model) * sum(self.attention),
+            per_step=sum(call.ops * call.num_rows for call, is_text in zip(self.calls, text, strict=True) if not is_text),
+            front=front,
+            cached=virtual_positions(model) - front,
+        )
+
+
+@contextmanager
+def watch(model: Any) -> Iterator[Watch]:
+    """Watch the forward passes of a model for a while."""
+    seen, handles = Watch(), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.LSTM | Conv1D):
+            handles.append(module.register_forward_hook(seen.note))
+        elif type(module).__name__.endswith("Attention"):
+            handles.append(module.register_forward_hook(seen.attended))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step, from shapes alone: its operations, and the bytes that it keeps for the way back."""
+
+    work: Work
+    kept_bytes: int
+
+
+def step_of(model: Any, batch_size: int, length: int) -> Step:
+    """Pass shapes through a model that has no memory; every token of the text counts as supervised, so memory is an upper bound."""
+    kept: dict[int, int] = {}
+    held: set[int] = set()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in held:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    device = next(model.parameters()).device
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, watch(model) as seen, saved_tensors_hooks(keep, lambda tensor: tensor):
+        weights = [fake.from_tensor(tensor) for tensor in (*model.parameters(), *model.buffers())]  # alive, or they are made anew
+        held |= {tensor.untyped_storage()._cdata for tensor in weights}
+        ids = torch.zeros(batch_size, length, dtype=torch.long, device=device)
+        logits = model.train()(input_ids=ids, use_cache=False).logits[:, rows_in_front(model) :]
+        cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+    return Step(seen.work(model), sum(kept.values()))
+
+
+def paper_macs(num_layers: int, num_back: int, num_trained: int, weights: int, adapter: int) -> int:
+    """Multiply-adds per token as FedBiOT's Table 5 counts them.
+
+    One per weight and adapter weight of a layer forward, as many on the way back in each of the `num_back` layers that a gradient
+    leaves, one per trained weight; no head, no attention scores, and nothing of the first trained layer's own way back.
+    """
+    return (num_layers + num_back) * (weights + adapter) + num_trained * adapter
+
+
+def _attention_width(model: Any) -> int:
+    """Heads times their size."""
+    config = model.config.get_text_config()
+    heads: int = config.num_attention_heads
+    return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
