@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from fedmpi.models.adapters import load_trainable as load_trainable
     from fedmpi.models.adapters import save_adapter as save_adapter
     from fedmpi.models.adapters import trainable as trainable
+    from fedmpi.models.adapters import trained as trained
     from fedmpi.models.adapters import worn as worn
     from fedmpi.models.backbone import base_of as base_of
     from fedmpi.models.backbone import load_model as load_model
+    from fedmpi.models.backbone import load_shapes as load_shapes
     from fedmpi.models.backbone import load_tokenizer as load_tokenizer
     from fedmpi.models.backbone import public_name as public_name
+    from fedmpi.models.outline import Outline as Outline
+    from fedmpi.models.outline import same_for_all as same_for_all
     from fedmpi.models.targets import find_targets as find_targets
     from fedmpi.models.virtual import rows_in_front as rows_in_front
     from fedmpi.models.virtual import to_continue as to_continue
@@ -103,9 +107,12 @@ class PeftConfig:
 __getattr__ = door(
     __name__,
     {
-        **dict.fromkeys(("base_of", "public_name", "load_tokenizer", "load_model"), "backbone"),
-        **dict.fromkeys(("add_adapter", "trainable", "load_trainable", "save_adapter", "adapted", "worn", "bare"), "adapters"),
+        **dict.fromkeys(("base_of", "public_name", "load_tokenizer", "load_model", "load_shapes"), "backbone"),
+        **dict.fromkeys(
+            ("add_adapter", "trained", "trainable", "load_trainable", "save_adapter", "adapted", "worn", "bare"), "adapters"
+        ),
         **dict.fromkeys(("virtual_positions", "rows_in_front", "to_continue"), "virtual"),
+        **dict.fromkeys(("Outline", "same_for_all"), "outline"),
         "find_targets": "targets",
     },
 )

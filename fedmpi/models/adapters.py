@@ -43,7 +43,7 @@ def add_adapter(
 
 def trainable(model: torch.nn.Module) -> Tensors:
     """Copies of what is trained, by parameter name in order: CPU, fp32, contiguous, side by side in memory, ready to be sent."""
-    parameters = dict(sorted(_trained(model).items()))
+    parameters = dict(sorted(trained(model).items()))
     sizes = [parameter.numel() for parameter in parameters.values()]
     parts = torch.split_with_sizes(torch.empty(sum(sizes)), sizes)
     copies = {name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)}
@@ -56,7 +56,7 @@ def trainable(model: torch.nn.Module) -> Tensors:
 @torch.no_grad()
 def load_trainable(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write values into what is trained, in place, so that the base and every optimiser keep their tensors."""
-    parameters = _trained(model)
+    parameters = trained(model)
     if parameters.keys() != tensors.keys():
         missing, surplus = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
         raise ModelError(f"the adapter does not fit the model: missing {missing[:3]}, surplus {surplus[:3]}")
@@ -148,7 +148,8 @@ def _is_whole(folder: Path) -> bool:
     return WHOLE.items() <= settings.items()
 
 
-def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that require gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

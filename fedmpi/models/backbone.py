@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmpi.errors import ModelError
 from fedmpi.models import Config
@@ -71,6 +71,18 @@ def load_model(config: Config, device: str | torch.device = "cpu") -> PreTrained
         raise ModelError(f"model.path {config.path} lacks {len(wrong)} weights, or their shape differs: {', '.join(wrong[:3])}")
     model.name_or_path = public_name(config)
     return model.requires_grad_(False).eval().to(device)
+
+
+def load_shapes(config: Config, device: str = "cpu") -> PreTrainedModel:
+    """The backbone from its config.json alone: names, shapes and number format, no memory."""
+    base = base_of(config)
+    options: dict[str, Any] = {"local_files_only": Path(base).is_dir(), "trust_remote_code": False}
+    with _quiet(), torch.device("meta"):
+        settings = _attempt("config.json", config, lambda: AutoConfig.from_pretrained(base, **options))
+        dtype = _dtype(config, "cpu" if device == "auto" else device)
+        model = _attempt("shape", config, lambda: AutoModelForCausalLM.from_config(settings, dtype=dtype))
+    model.name_or_path = public_name(config)
+    return model.requires_grad_(False).eval()
 
 
 def _builtin(path: str) -> Path:

@@ -124,27 +124,56 @@ def step_of(model: Any, batch_size: int, length: int) -> Step:
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in held:
+        scores = tensor.ndim == 4 and tensor.shape[-2:] == (positions, positions + cached)
+        if storage._cdata not in held and not scores:  # fused attention, which torch takes on CPU and GPU, keeps no scores
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    device = next(model.parameters()).device
+    device, front = next(model.parameters()).device, rows_in_front(model)
+    positions, cached = length + front, virtual_positions(model) - front
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, watch(model) as seen, saved_tensors_hooks(keep, lambda tensor: tensor):
         weights = [fake.from_tensor(tensor) for tensor in (*model.parameters(), *model.buffers())]  # alive, or they are made anew
         held |= {tensor.untyped_storage()._cdata for tensor in weights}
         ids = torch.zeros(batch_size, length, dtype=torch.long, device=device)
-        logits = model.train()(input_ids=ids, use_cache=False).logits[:, rows_in_front(model) :]
+        logits = model.train()(input_ids=ids, use_cache=False).logits[:, front:]
         cross_entropy(logits.float().flatten(0, 1), ids.flatten())
     return Step(seen.work(model), sum(kept.values()))
 
 
-def paper_macs(num_layers: int, num_back: int, num_trained: int, weights: int, adapter: int) -> int:
+@dataclass(frozen=True)
+class Layers:
+    """The repeated layers of a model: how many, how many of them are trained, and how many a gradient leaves at their beginning."""
+
+    num: int
+    num_trained: int
+    num_back: int
+    weights: int  # of the matrices of one layer
+    adapter: int  # of the trained matrices of one trained layer
+
+
+def layers_of(model: Any) -> Layers:
+    """Layers as FedBiOT's Table 5 counts them; what is trained in front of them sends its gradient through them all."""
+    matrices = [[p for p in layer.parameters() if p.ndim == 2] for layer in decoder_layers(model)]
+    moving = [place for place, found in enumerate(matrices) if any(p.requires_grad for p in found)]
+    inside = sum(p.numel() for found in matrices for p in found if p.requires_grad)
+    outside = sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2) > inside
+    return Layers(
+        num=len(matrices),
+        num_trained=len(moving),
+        num_back=len(matrices) if outside or not moving else len(matrices) - 1 - moving[0],
+        weights=sum(p.numel() for name, p in decoder_layers(model)[0].named_parameters() if p.ndim == 2 and ".lora_" not in name),
+        adapter=sum(p.numel() for p in matrices[moving[0]] if p.requires_grad) if moving else 0,
+    )
+
+
+def paper_count(layers: Layers) -> int:
     """Multiply-adds per token as FedBiOT's Table 5 counts them.
 
-    One per weight and adapter weight of a layer forward, as many on the way back in each of the `num_back` layers that a gradient
-    leaves, one per trained weight; no head, no attention scores, and nothing of the first trained layer's own way back.
+    One per weight and adapter weight of a layer forward, as many on the way back in each layer that a gradient leaves, one per
+    trained weight; no head, no attention scores, and nothing of the first trained layer's own way back.
     """
-    return (num_layers + num_back) * (weights + adapter) + num_trained * adapter
+    whole = layers.weights + layers.adapter
+    return (layers.num + layers.num_back) * whole + layers.num_trained * layers.adapter
 
 
 def _attention_width(model: Any) -> int:
