@@ -5,7 +5,7 @@ ranks or rounds.
 """
 
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -67,7 +67,7 @@ class Host:
     data: corpora.Config
     train: training.Config
     eval: evaluation.Config
-    _examples: "dict[int, tuple[list[corpora.Example], corpora.Counts]]" = field(default_factory=dict)
+    _examples: "dict[int, tuple[Sequence[corpora.Example], corpora.Counts]]" = field(default_factory=dict)
     _kept_back: "dict[int, list[corpora.Example]]" = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -88,22 +88,34 @@ class Host:
     def _with(self, client: "corpora.ClientData", site: Mapping[str, object]) -> "Host":
         return replace(self, parties=replace(self.parties, clients=(client,), sites={0: site}), _examples={}, _kept_back={})
 
-    def examples(self, client: int) -> "list[corpora.Example]":
-        """A client's training examples, tokenised on first use."""
+    def examples(self, client: int) -> "Sequence[corpora.Example]":
+        """A client's training examples, tokenised on first use; packed ones where that is asked for."""
         return self._own(client)[0]
+
+    def num_examples(self, client: int) -> int:
+        """How many rows a client trains on."""
+        counts = self._own(client)[1]
+        return counts.rows - counts.dropped
 
     def about(self, client: int) -> dict[str, Any]:
         """What a client's rank tells of its rows: how many were cut or dropped, and with splitter given of what file."""
         return {"samples": asdict(self._own(client)[1]), **self.parties.sites.get(client, {})}
 
-    def _own(self, client: int) -> "tuple[list[corpora.Example], corpora.Counts]":
+    def _own(self, client: int) -> "tuple[Sequence[corpora.Example], corpora.Counts]":
         if client not in self._examples:
             rows = self.parties.clients[client].train
             examples, counts = self._tokenize(rows)
             if not examples:
                 raise DataError(f"client {client}: none of its {len(rows)} rows has a token to learn from ({counts})")
-            self._examples[client] = corpora.ByLength(examples) if self.data.group_by_length else examples, counts
+            self._examples[client] = self._arranged(examples), counts
         return self._examples[client]
+
+    def _arranged(self, examples: "list[corpora.Example]") -> "Sequence[corpora.Example]":
+        """As batches are to draw them."""
+        if self.data.packing:
+            models.require_packing(self.base.model, self.base.config.path)
+            return corpora.pack(examples, self.data.max_length)
+        return corpora.ByLength(examples) if self.data.group_by_length else examples
 
     @property
     def heldout(self) -> "list[corpora.Example]":

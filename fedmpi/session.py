@@ -55,7 +55,7 @@ class Session:
         fed = Federation(placement, rank, self.post, vault=vault, near=self.near, answer=answer)
         # ranks that read other rows are as foreign as ranks with other settings
         experiment = f"{self.experiment} on data {config.digest(self.host.parties.record)}"
-        sizes = fed.greet(experiment, {c: len(self.host.examples(c)) for c in hosted}, {c: self.host.about(c) for c in hosted})
+        sizes = fed.greet(experiment, {c: self.host.num_examples(c) for c in hosted}, {c: self.host.about(c) for c in hosted})
         parties = {c: self.algorithm.build_client(self.own, self.host, c) for c in hosted}
         if rank != SERVER:
             if not hosted:

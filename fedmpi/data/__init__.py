@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fedmpi.data.batching import ByLength as ByLength
     from fedmpi.data.batching import batches as batches
     from fedmpi.data.batching import collate as collate
+    from fedmpi.data.batching import pack as pack
     from fedmpi.data.cache import tokenize as tokenize
     from fedmpi.data.clients import ClientData as ClientData
     from fedmpi.data.clients import Federated as Federated
@@ -56,6 +57,7 @@ class Config:
         num_rows: train on so many rows only, drawn with the seed (builtin:toy makes that many); default all
         max_length: tokens of prompt and response together
         template: the text around an instruction: alpaca, qa, chat (the model's own), or a file that ends in {response}
+        packing: put several samples into one row of at most max_length tokens; each attends to itself alone
         group_by_length: put examples of like length into a batch, for less padding; which ones meet is drawn anew in each epoch
         cache: a folder for tokenised rows, shared by all ranks and runs; default none, as it holds the rows readably
     """
@@ -72,6 +74,7 @@ class Config:
     num_rows: int | None = None
     max_length: int = 512
     template: str = "alpaca"
+    packing: bool = False
     group_by_length: bool = False
     cache: str | None = None
 
@@ -82,6 +85,8 @@ class Config:
             found = getattr(self, key)
             if found is not None and found < least:
                 raise ConfigError(f"data.{key} is {found}: it must be at least {least}")
+        if self.packing and self.group_by_length:
+            raise ConfigError("data.packing leaves no padding that data.group_by_length could save: give one of them")
         if not 0 < self.alpha < float("inf"):
             raise ConfigError(f"data.alpha is {self.alpha}: it must be a positive number (small is uneven, large is even)")
 
@@ -95,6 +100,6 @@ __getattr__ = door(
         **dict.fromkeys(("split", "follow"), "splitters"),
         **dict.fromkeys(("TEMPLATES", "render", "template_hash", "encode_prompts", "prompt_ids", "Example", "Counts"), "prompts"),
         "tokenize": "cache",
-        **dict.fromkeys(("Batch", "ByLength", "batches", "collate"), "batching"),
+        **dict.fromkeys(("Batch", "ByLength", "batches", "collate", "pack"), "batching"),
     },
 )

@@ -7,7 +7,7 @@ from itertools import count
 import numpy
 import torch
 
-from fedmpi.data.prompts import IGNORED, Example, num_supervised
+from fedmpi.data.prompts import IGNORED, Example, Pack, num_supervised
 from fedmpi.errors import DataError
 from fedmpi.seeding import seed_for
 
@@ -16,7 +16,7 @@ POOL = 50  # batches from whose examples groups of like length are made
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded tensors (examples, longest). The mask comes from lengths: a pad id may also be a real token."""
+    """Right-padded tensors (rows, longest). The mask comes from lengths: a pad id may also be a real token."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -24,10 +24,36 @@ class Batch:
     ids: tuple[str, ...]
     num_supervised: int  # labels that count after the causal shift
     num_tokens: int  # without padding
+    num_examples: int
+    position_ids: torch.Tensor | None = None  # of packed rows: they begin anew at each sample
 
 
 class ByLength(list[Example]):
     """Examples that batches draw in groups of like length."""
+
+
+def pack(examples: Sequence[Example], max_length: int) -> list[Pack]:
+    """The examples in few rows of at most `max_length` tokens: the longest first, each where it leaves the least room.
+
+    The first token of a sample follows on nothing, so nothing is to predict it.
+    """
+    rows: list[list[Example]] = []
+    with_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # rows by the tokens that they have room for
+    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
+        size = len(example.input_ids)
+        left = next((left for left in range(size, max_length) if with_room[left]), max_length)
+        place = with_room[left].pop() if with_room[left] else len(rows)
+        if place == len(rows):
+            rows.append([])
+        rows[place].append(example)
+        with_room[left - size].append(place)
+    return [_packed(row) for row in rows]
+
+
+def _packed(row: Sequence[Example]) -> Pack:
+    ids = [token for example in row for token in example.input_ids]
+    labels = [label for example in row for label in [IGNORED, *example.labels[1:]]]
+    return Pack(ids, labels, ", ".join(example.id for example in row), tuple(len(example.input_ids) for example in row))
 
 
 def batches(examples: Sequence[Example], batch_size: int, seed: int, pad_id: int) -> Iterator[Batch]:
@@ -64,6 +90,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """One batch of these examples, in this order."""
     lengths = [len(example.input_ids) for example in examples]
     longest = max(lengths)
+    packed = [example for example in examples if isinstance(example, Pack)]
     return Batch(
         input_ids=_pad([example.input_ids for example in examples], longest, pad_id),
         attention_mask=_pad([[1] * length for length in lengths], longest, 0),
@@ -71,7 +98,13 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         ids=tuple(example.id for example in examples),
         num_supervised=sum(num_supervised(example.labels) for example in examples),
         num_tokens=sum(lengths),
+        num_examples=len(examples) + sum(len(row.lengths) - 1 for row in packed),
+        position_ids=_pad([_positions(row.lengths) for row in packed], longest, 0) if packed else None,
     )
+
+
+def _positions(lengths: Sequence[int]) -> list[int]:
+    return [place for length in lengths for place in range(length)]
 
 
 def _pad(rows: Sequence[list[int]], longest: int, filler: int) -> torch.Tensor:

@@ -62,6 +62,13 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Pack(Example):
+    """Several samples in one row, one after the other; the model must keep them apart."""
+
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Counts:
     """Of the rows: cut for length, of these in the response, dropped unsupervised; tokens are those kept."""
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedmpi.models.backbone import public_name as public_name
     from fedmpi.models.outline import Outline as Outline
     from fedmpi.models.outline import same_for_all as same_for_all
+    from fedmpi.models.packing import require_packing as require_packing
     from fedmpi.models.targets import find_targets as find_targets
     from fedmpi.models.virtual import rows_in_front as rows_in_front
     from fedmpi.models.virtual import to_continue as to_continue
@@ -114,5 +115,6 @@ __getattr__ = door(
         **dict.fromkeys(("virtual_positions", "rows_in_front", "to_continue"), "virtual"),
         **dict.fromkeys(("Outline", "same_for_all"), "outline"),
         "find_targets": "targets",
+        "require_packing": "packing",
     },
 )

@@ -24,7 +24,9 @@ def supervised_logits(model: torch.nn.Module, batch: Any, device: torch.device) 
         columns = torch.zeros(1, dtype=torch.long)
     targets = targets[:, columns]
     places = (targets != IGNORED).flatten().nonzero()[:, 0]
-    inputs = {key: getattr(batch, key).to(device) for key in ("input_ids", "attention_mask")}
+    # Where samples share a row, their positions say so; a mask beside them would be taken for the whole truth.
+    names = ("input_ids", "attention_mask" if batch.position_ids is None else "position_ids")
+    inputs = {key: getattr(batch, key).to(device) for key in names}
     columns = columns + rows_in_front(model)
     if _takes_columns(type(_innermost(model)).forward):
         logits = model(**inputs, use_cache=False, logits_to_keep=columns.to(device)).logits

@@ -38,7 +38,8 @@ class Engine:
         else:
             rows, labels = slice(0, 1), torch.full_like(batch.labels[:1], IGNORED)
         width = int(batch.attention_mask[rows].any(0).nonzero().max()) + 1
-        cut = {key: getattr(batch, key)[rows, :width] for key in ("input_ids", "attention_mask")}
+        parts = ("input_ids", "attention_mask", *(() if batch.position_ids is None else ("position_ids",)))
+        cut = {key: getattr(batch, key)[rows, :width] for key in parts}
         return replace(batch, **cut, labels=labels[:, :width], ids=batch.ids[rows])
 
     def total(self, values: torch.Tensor) -> torch.Tensor:

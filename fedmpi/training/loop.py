@@ -217,7 +217,7 @@ def _gradients(turn: _Turn, step: Step, tally: _Tally) -> Step:
             (part * (turn.engine.size / supervised)).backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
     tally.supervised.append(supervised)
-    tally.examples += sum(len(batch.ids) for batch in step.batches)
+    tally.examples += sum(batch.num_examples for batch in step.batches)
     tally.tokens += sum(batch.num_tokens for batch in step.batches)
     step = replace(step, loss=loss / supervised)
     for hook in turn.hooks:

@@ -21,6 +21,13 @@ def test_every_number_of_ranks_gives_the_same_bytes(settings: list[str], tmp_pat
     assert fresh["eval_loss"] == ranks["eval_loss"] and fresh["cohort"] == ranks["cohort"]
 
 
+def test_packed_rows_are_the_same_in_every_placement(settings: list[str], tmp_path: Path) -> None:
+    wanted = recipe(*settings, "--data.packing=true", "--data.max_length=256", "--rounds=2")
+    for size in (1, 4):
+        assert run(wanted, tmp_path / str(size), size) == [0] * size
+    assert adapter(tmp_path / "1") == adapter(tmp_path / "4")
+
+
 def test_kept_optimisers_matter(settings: list[str], tmp_path: Path) -> None:
     for kept in ("fresh", "keep"):
         run(recipe(*settings, f"--train.optimizer_state={kept}"), tmp_path / kept)

@@ -15,7 +15,7 @@ def figures(name: str) -> dict:
 def test_gsm8k_shares_are_the_counts_over_1319():
     for methods in figures("fedbiot")["table_2"]["rows"].values():
         for percent, right in (pair for models in methods.values() for pair in models.values() if pair):
-            assert percent == pytest.approx(100 * right / 1319, abs=0.0051)
+            assert percent == pytest.approx(100 * right / 1319, abs=0.01)  # one of them is cut, not rounded
 
 
 def test_relative_scores_are_ratios():
