@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fedmpi.models.adapters import add_adapter as add_adapter
     from fedmpi.models.adapters import bare as bare
     from fedmpi.models.adapters import load_trainable as load_trainable
+    from fedmpi.models.adapters import merged as merged
     from fedmpi.models.adapters import save_adapter as save_adapter
     from fedmpi.models.adapters import trainable as trainable
     from fedmpi.models.adapters import trained as trained
@@ -105,12 +106,14 @@ class PeftConfig:
             raise ConfigError(f"peft.dropout is {self.dropout}, but of the encoders of ptuning only lstm has one")
 
 
+_ADAPTERS = ("add_adapter", "trained", "trainable", "load_trainable", "save_adapter", "adapted", "merged", "worn", "bare")
 __getattr__ = door(
     __name__,
     {
         **dict.fromkeys(("base_of", "public_name", "load_tokenizer", "load_model", "load_shapes"), "backbone"),
         **dict.fromkeys(
-            ("add_adapter", "trained", "trainable", "load_trainable", "save_adapter", "adapted", "worn", "bare"), "adapters"
+            ("add_adapter", "trained", "trainable", "load_trainable", "save_adapter", "adapted", "merged", "worn", "bare"),
+            "adapters",
         ),
         **dict.fromkeys(("virtual_positions", "rows_in_front", "to_continue"), "virtual"),
         **dict.fromkeys(("Outline", "same_for_all"), "outline"),

@@ -99,6 +99,17 @@ def adapted(model: PreTrainedModel, folder: Path) -> Any:
         raise ModelError(f"the adapter in {folder} does not fit the model: {type(error).__name__}: {reason}") from None
 
 
+def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with what a folder holds written into its weights: W0 + BA."""
+    wearing = adapted(model, folder)
+    if bare(wearing) is not wearing:
+        method = wearing.active_peft_config.peft_type.value
+        raise ModelError(
+            f"{folder} holds virtual tokens ({method}), which stand before a text and are in no weight: keep the adapter"
+        )
+    return wearing.merge_and_unload() if isinstance(wearing, PeftModel) else wearing
+
+
 @contextmanager
 def worn(model: PreTrainedModel, folder: Path | None) -> Iterator[Any]:
     """The model with what a folder holds on it, for a while; without a folder, the model as it is."""
