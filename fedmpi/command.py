@@ -21,7 +21,7 @@ def guarded(work: Callable[[], int], where: str) -> int:
         return FAILED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered would be the next such error
-        fail(FedmpiError("what this prints to was closed (head, or a terminal that went away): give it a file"), where)
+        fail(BrokenPipeError("what this prints to was closed (head, or a terminal that went away): give it a file"), where)
         return FAILED
     except KeyboardInterrupt:
         fail(FedmpiError("interrupted, and left at once; what was written to disk is kept"), where)

@@ -3,13 +3,18 @@
 Nothing here unpickles a file or runs code that came with a model.
 """
 
+import functools
 import importlib.resources
 import json
+import socket
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -20,6 +25,8 @@ from fedmpi.models import Config
 
 T = TypeVar("T")
 BUILTIN = "builtin:"
+HUB_S = 5.0
+UNREACHABLE = (socket.gaierror, ConnectionError, TimeoutError)
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, SafetensorError)
 
 
@@ -45,7 +52,7 @@ def public_name(config: Config) -> str:
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The model's own tokenizer. Without a pad token it pads with EOS: embeddings are never resized."""
     base = base_of(config)
-    options = {"local_files_only": Path(base).is_dir(), "trust_remote_code": False}
+    options = {"local_files_only": _is_here(base), "trust_remote_code": False}
     tokenizer = _attempt("tokenizer", config, lambda: AutoTokenizer.from_pretrained(base, **options))
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -59,10 +66,9 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 def load_model(config: Config, device: str | torch.device = "cpu") -> PreTrainedModel:
     """The backbone, frozen, in evaluation mode, on the device."""
     base = base_of(config)
-    local = Path(base).is_dir()
-    if local:
+    if Path(base).is_dir():
         _check_folder(Path(base), config.path)
-    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False, "use_safetensors": True}
+    options: dict[str, Any] = {"local_files_only": _is_here(base), "trust_remote_code": False, "use_safetensors": True}
     # Sizes that differ are let through here, so that the check below names them in one line.
     options |= {"dtype": _dtype(config, device), "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _quiet():
@@ -95,6 +101,29 @@ def _builtin(path: str) -> Path:
 
 def _may_be_hub_id(path: str) -> bool:
     return not path.startswith(("/", ".", "~")) and path.count("/") <= 1 and not path.endswith("/")
+
+
+def _is_here(base: str) -> bool:
+    """Whether all that is needed lies on this machine. The hub's client would try again for a minute before it says so."""
+    if Path(base).is_dir() or not (why := _hub_is_silent()):
+        return Path(base).is_dir()
+    if not isinstance(huggingface_hub.try_to_load_from_cache(base, "config.json"), str):
+        raise ModelError(
+            f"model.path {base} is no folder here, and the hub cannot be reached ({why}): check the path, or the network"
+        )
+    return True
+
+
+@functools.cache
+def _hub_is_silent() -> str:
+    """Why the hub gives no answer at all; nothing where it gives one, be it a refusal."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=HUB_S).close()
+    except urllib.error.URLError as error:
+        return str(error.reason) if isinstance(error.reason, UNREACHABLE) else ""
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _dtype(config: Config, device: str | torch.device) -> torch.dtype:

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import socket
+import ssl
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -149,6 +152,33 @@ def test_missing_or_misshapen_weights_are_not_made_up(folder, capfd):
     safetensors.torch.save_file({**tensors, name: torch.zeros(3, 3)}, weights, {"format": "pt"})
     refuse_with(f"shape differs: {name}", Config(str(folder)))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_mistyped_path_that_looks_like_a_hub_id_fails_at_once_where_the_hub_is_silent(monkeypatch):
+    monkeypatch.setattr(backbone, "_hub_is_silent", lambda: "no route to host")
+    for path in ("models/llama-7b", "gpt2x"):
+        refuse_with(f"model.path {path} is no folder here, and the hub cannot be reached .no route to host.: check", Config(path))
+        with pytest.raises(ModelError, match="check the path"):
+            load_tokenizer(Config(path))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (urllib.error.URLError(ConnectionRefusedError(111, "refused")), "refused"),
+        (urllib.error.URLError(socket.gaierror(-2, "no such name")), "no such name"),
+        (TimeoutError("timed out"), "timed out"),
+        (urllib.error.HTTPError("http://hub", 403, "forbidden", {}, None), ""),  # it answers: its client says the rest
+        (urllib.error.URLError(ssl.SSLError("a certificate of our own")), ""),
+    ],
+)
+def test_whether_the_hub_answers(monkeypatch, error, words):
+    def urlopen(request, timeout):
+        assert request.full_url == backbone.huggingface_hub.constants.ENDPOINT and timeout <= 10
+        raise error
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    assert (words in backbone._hub_is_silent.__wrapped__()) if words else backbone._hub_is_silent.__wrapped__() == ""
 
 
 def test_decoder_layers_are_the_longest_list():
