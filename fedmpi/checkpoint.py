@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ class Checkpoints:
         """Make a round durable; when this returns it is on disk."""
         final = self.folder / f"{_PREFIX}{round_index:06d}"
         beside = self.folder / f".{final.name}"
-        try:
+        advice = "make room and start the run again, it continues after the last checkpoint, which is safe"
+        with writing(f"round {round_index}: the checkpoint {final}", advice):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             save_file(tensors, beside / "state.safetensors")
@@ -62,11 +64,6 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             os.rename(beside, final)
             sync(self.folder)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"round {round_index}: the checkpoint {final} could not be written ({error}); the rounds up to the last "
-                "checkpoint are safe: make room and start the run again, it continues there"
-            ) from error
         self._drop_old(owned)
 
     def latest(self) -> Committed | None:
@@ -106,7 +103,8 @@ class Checkpoints:
         named = set(owned.values())
         for kept in rounds[-self.keep : -1]:
             path = self.folder / f"{_PREFIX}{kept:06d}" / "manifest.json"
-            named.update(json.loads(path.read_text(encoding="utf-8"))["owned"].values())
+            with suppress(OSError, ValueError, KeyError, TypeError):  # an older one that is broken keeps no files alive
+                named.update(json.loads(path.read_text(encoding="utf-8"))["owned"].values())
         for path in (self.folder / "clients").glob("*.safetensors"):
             if path.stem.rpartition("-")[2] not in {sha[:16] for sha in named}:
                 path.unlink(missing_ok=True)
@@ -125,17 +123,13 @@ class Vault:
     def put(self, client: int, tensors: Tensors) -> str:
         """Store the state; gives its SHA-256."""
         beside = self.folder / f".client-{client}"
-        try:
+        with writing(f"client {client}: its state in {self.folder}", "make room"):
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, beside)
             sha256 = file_sha256(beside)
             sync(beside)
             os.rename(beside, self._path(client, sha256))
             sync(self.folder)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"client {client}: its state could not be written to {self.folder} ({error}): make room"
-            ) from error
         return sha256
 
     def get(self, client: int, sha256: str) -> Tensors:
@@ -179,11 +173,18 @@ def sync(path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file as a whole."""
     beside = path.with_name(f".{path.name}")
-    try:
+    with writing(str(path), "make room or give another --run_dir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(text, encoding="utf-8")
         sync(beside)
         os.replace(beside, path)
         sync(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be written ({error}): make room or give another --run_dir") from error
+
+
+@contextmanager
+def writing(what: str, advice: str) -> Iterator[None]:
+    """One clear line where a disk is full or a folder cannot be written to."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{what} could not be written ({error}): {advice}") from error

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmpi import data, models, recipe
 from fedmpi.command import FINISHED, guarded
-from fedmpi.errors import CheckpointError, ConfigError
+from fedmpi.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedmpi.evaluation.decoding import Speaker
@@ -231,10 +231,10 @@ class Result:
 
 
 def _appending(path: Path) -> Any:
-    try:
+    from fedmpi.checkpoint import writing
+
+    with writing(str(path), "make room or give another --out"):
         return path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be written ({error}): make room or give another --out") from None
 
 
 def show(result: Mapping[str, Any], path: Path) -> None:

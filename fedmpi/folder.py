@@ -10,7 +10,7 @@ from typing import IO, Any
 import yaml
 
 from fedmpi import config
-from fedmpi.checkpoint import Checkpoints, Committed, write_atomically
+from fedmpi.checkpoint import Checkpoints, Committed, write_atomically, writing
 from fedmpi.errors import CheckpointError, ConfigError
 
 
@@ -132,11 +132,9 @@ class RunFolder:
 
     def publish(self) -> None:
         """The pending lines are committed: write them out."""
-        try:
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in self.pending)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}/metrics.jsonl could not be written ({error}): make room and start again") from error
+        path = self.path / "metrics.jsonl"
+        with writing(str(path), "make room and start the run again"), path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in self.pending)
         self.pending = []
 
     def finished(self, committed: Committed | None) -> dict[str, Any] | None:

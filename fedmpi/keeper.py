@@ -165,7 +165,9 @@ class Keeper:
     def finish(self, server: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
         """The results of a run that came to its end."""
         lines = self.folder.metrics()
-        models.save_adapter(self.host.base.model, server.adapter, self.folder.path / "adapter")
+        where = self.folder.path / "adapter"
+        with checkpoint.writing(str(where), "every round is safe: make room and start the run again, it ends there"):
+            models.save_adapter(self.host.base.model, server.adapter, where)
         rounds = [line for line in lines if "event" not in line]
         first = next((line for line in lines if line["round"] == -1), {})
         totals = dict(self.fed.ledger.totals) | {"seconds": self.history["seconds"]}

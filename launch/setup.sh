@@ -17,10 +17,12 @@ setup() {
     [ "$(cat "$venv/.fedmpi-$extra" 2>/dev/null)" = "$wanted" ] || missing+=",$extra"
   done
   [ -n "$missing" ] || return 0
-  echo "installing fedmpi[${missing#,}] into $venv"
-  have torch || pip_install $(cpu_only_index) torch
+  echo "installing fedmpi[${missing#,}] into $venv: a minute or two with a good connection, and only this once"
+  have torch || { echo "  torch (the largest part)"; pip_install $(cpu_only_index) torch; }
+  echo "  fedmpi and what it needs: transformers, peft and others"
   pip_install --editable "$repository[${missing#,}]"
   for extra in "$@"; do echo "$wanted" >"$venv/.fedmpi-$extra"; done
+  echo "installed"
 }
 
 usable() {
@@ -45,11 +47,13 @@ make_venv() {
 
 have() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
-# The pinned versions have no releases for Python 3.10, which takes the newest that it can have.
+# The pinned versions have no releases for Python 3.10, which takes the newest that it can have. On a terminal pip shows what it
+# downloads, a log stays short.
 pip_install() {
-  local pins=(--constraint "$repository/constraints.txt")
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || pins=()
-  "$python" -m pip install --quiet --disable-pip-version-check "${pins[@]}" "$@"
+  local options=(--disable-pip-version-check)
+  if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then options+=(--constraint "$repository/constraints.txt"); fi
+  [ -t 1 ] || options+=(--quiet)
+  "$python" -m pip install "${options[@]}" "$@"
 }
 
 # Without an NVIDIA GPU the CUDA build would be gigabytes for nothing: offer pip the CPU builds, if they can be reached.

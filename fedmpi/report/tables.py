@@ -161,7 +161,14 @@ def settings(run: Run) -> str:
 
 
 def _value(value: object) -> str:
-    return NONE if value is None or value in ([], {}) else str(value)
+    """A setting as it is written on a command line."""
+    if value is None or value in ([], {}):
+        return NONE
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    if isinstance(value, dict):
+        return ",".join(f"{key}={part}" for key, part in value.items())
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def pairs(facts: Mapping[str, Any]) -> str:

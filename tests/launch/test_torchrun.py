@@ -87,6 +87,15 @@ def test_a_rank_that_never_arrives_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+def test_a_reader_that_goes_away_is_one_line_and_no_traceback(tmp_path: Path, expected: str) -> None:
+    command = f"set -o pipefail; {sys.executable} {' '.join(PROGRAM)} --run_dir run | head -1"
+    output = run(["bash", "-c", command], tmp_path, code=1)
+    assert "Traceback" not in output and "what this prints to was closed" in output and "Exception ignored" not in output
+    assert state_of(tmp_path / "run") == "failed"
+    run([sys.executable, *PROGRAM, "--run_dir", "run"], tmp_path)
+    assert adapter_of(tmp_path / "run") == expected
+
+
 def test_two_launchers_at_once_are_refused(tmp_path: Path) -> None:
     both = {"RANK": "0", "WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
     done = subprocess.run([sys.executable, *PROGRAM], cwd=tmp_path, env=both, capture_output=True, text=True)

@@ -7,6 +7,7 @@ import pytest
 from fedmpi import checkpoint, run
 from fedmpi.errors import Aborted, CheckpointError
 from fedmpi.folder import RunFolder
+from fedmpi.models import adapters
 from tests.lockstep import ranks
 
 BROKEN = '{"instruction": "a", "output": "b"}\n{"instruction": \n'
@@ -163,6 +164,33 @@ def test_no_tokenizer(said, model_folder: Path, tmp_path: Path) -> None:
         (bare / name).write_bytes((model_folder / name).read_bytes())
     code, line = said(f"--model.path={bare}")
     assert code == 1 and "tokenizer" in line and "bare" in line
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "summary.json", "metrics.jsonl", "config.yaml"])
+def test_a_disk_that_is_full_outside_the_checkpoints(said, settings: list[str], tmp_path: Path, monkeypatch, name: str) -> None:
+    """Whatever file it is, the run says so in one line, and started again with more room it ends as if nothing had been."""
+    real_open = Path.open
+
+    def full(path: Path, mode: str = "r", *rest: object, **more: object):
+        if path.name.lstrip(".") == name and mode[0] in "aw":
+            raise OSError(28, "No space left on device")
+        return real_open(path, mode, *rest, **more)
+
+    def unsaved(tensors, path: Path, *rest: object, **more: object) -> None:
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        saving(tensors, path, *rest, **more)
+
+    saving = adapters.save_file
+    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(adapters, "save_file", unsaved)
+    code, line = said()
+    assert code == 1 and name.split("_")[0] in line and "No space left" in line and "make room" in line
+    monkeypatch.setattr(adapters, "save_file", saving)
+    monkeypatch.setattr(Path, "open", real_open)
+    assert run.main([*settings, f"--run_dir={tmp_path / 'run'}"]) == 0
+    assert run.main([*settings, f"--run_dir={tmp_path / 'whole'}"]) == 0
+    assert ranks.adapter(tmp_path / "run") == ranks.adapter(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -135,7 +135,8 @@ def test_any_bytes_are_rows_or_one_line(tmp_path, content, suffix, packed):
         assert str(path) in str(error) and "\n" not in str(error)
 
 
-PLAIN = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+# Python 3.10 cannot write a NUL into CSV, and can read none
+PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0" * (sys.version_info < (3, 11))), max_size=20)
 
 
 @tried(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
