@@ -31,6 +31,26 @@ def test_shepherds_setting() -> None:
     assert wanted.peft.init == "gaussian" and len(wanted.peft.target_modules) == 6
 
 
+FS_LLM = {path.stem: path for path in SHIPPED if path.stem.startswith(("fed-code-alpaca", "fed-dolly", "fed-gsm8k-3"))}
+
+
+@pytest.mark.parametrize("name", FS_LLM)
+def test_fs_llms_tables_2_and_3(name: str) -> None:
+    """Twelve rows: LoRA, P-tuning and prompt tuning of LLaMA-7B, and LoRA of OPT-2.7B, on three data sets."""
+    wanted, _ = recipe.read(["--config", str(FS_LLM[name])], "test", "")
+    assert len(FS_LLM) == 12
+    assert (wanted.rounds, wanted.train.steps, wanted.train.batch_size, wanted.model.dtype) == (500, 30, 1, "float16")
+    assert wanted.train.lr in (1e-4, 3e-4, 5e-4, 1e-3, 3e-3, 5e-3)
+    assert wanted.data.name == name.removesuffix("-opt").removesuffix("-ptuning").removesuffix("-prompt")
+    peft = wanted.peft
+    if peft.method == "lora":
+        assert peft.rank == 8 and peft.alpha in (16, 32, 64, 128) and peft.dropout in (0.0, 0.1)
+    elif peft.method == "ptuning":
+        assert peft.encoder == "mlp" and peft.num_virtual_tokens in (10, 20, 30)
+    else:
+        assert peft.num_virtual_tokens == {"Program": 8, "Assume": 9, "Think": 6}[peft.init_text.split()[0]]
+
+
 def test_overrides_win_over_the_recipe_and_change_the_experiment() -> None:
     plain, _ = recipe.read(["--config=builtin:quickstart"], "test", "")
     other, _ = recipe.read(["--config=builtin:quickstart", "--train.lr=0.1"], "test", "")
