@@ -5,20 +5,26 @@ ranks or rounds.
 """
 
 import platform
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedmpi import aggregation, evaluation, models, training
 from fedmpi import data as corpora
-from fedmpi import evaluation, models, training
 from fedmpi.errors import ConfigError, DataError
+from fedmpi.round import Round
+from fedmpi.seeding import seed_for
 from fedmpi.tensors import Tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fedmpi.federation import Update
 
 
 @dataclass
@@ -46,6 +52,17 @@ class Base:
         return self._loaded[1]
 
     @cached_property
+    def folds(self) -> "models.Folds":
+        """What rounds have folded into this base."""
+        return models.Folds(lambda: self.model)
+
+    def anew(self, *when: int) -> Tensors:
+        """Another adapter that begins as nothing."""
+        models.load_trainable(self.model, self.fresh)
+        models.initialise(self.model, self.peft, seed_for(self.seed, "anew", *when), None)
+        return models.trainable(self.model)
+
+    @cached_property
     def _loaded(self) -> "tuple[PreTrainedModel | PeftModel, Tensors]":
         tokenizer = self.tokenizer if self.peft.init_text else None
         model = models.add_adapter(models.load_model(self.config, self.device), self.peft, self.seed, tokenizer)
@@ -67,6 +84,11 @@ class Host:
     data: corpora.Config
     train: training.Config
     eval: evaluation.Config
+    rules: aggregation.Config = field(default_factory=aggregation.Config)
+    server_optimizer: str = "none"
+    server: aggregation.ServerConfig = field(default_factory=aggregation.ServerConfig)
+    scratch: Path | None = None  # where updates wait that a rule needs all at once
+    ranks: tuple[int, ...] = ()  # of the clients' adapters, taken in turn
     _examples: "dict[int, tuple[Sequence[corpora.Example], corpora.Counts]]" = field(default_factory=dict)
     _kept_back: "dict[int, list[corpora.Example]]" = field(default_factory=dict)
 
@@ -78,15 +100,62 @@ class Host:
     def alone(self, client: int) -> "Host":
         """The same process with one client of these as the only one: what a party could do by itself."""
         one = self.parties.clients[client]
-        return self._with(replace(one, id=0), self.parties.sites.get(client, {}))
+        return self._with(replace(one, id=0), self.parties.sites.get(client, {}), (self._rank(client),) if self.ranks else ())
 
     def pooled(self) -> "Host":
         """The same process with all rows at one client: what could be done if the data were in one place."""
         rows = [row for client in self.parties.clients for row in client.train]
-        return self._with(corpora.ClientData(0, rows, self.parties.heldout), {})
+        return self._with(corpora.ClientData(0, rows, self.parties.heldout), {}, ())
 
-    def _with(self, client: "corpora.ClientData", site: Mapping[str, object]) -> "Host":
-        return replace(self, parties=replace(self.parties, clients=(client,), sites={0: site}), _examples={}, _kept_back={})
+    def _with(self, client: "corpora.ClientData", site: Mapping[str, object], ranks: tuple[int, ...]) -> "Host":
+        """Whoever is alone has nobody to be aggregated with: its rounds are plain."""
+        parties = replace(self.parties, clients=(client,), sites={0: site})
+        plain = {"rules": aggregation.Config(record_error=False), "server_optimizer": "none", "ranks": ranks}
+        return replace(self, parties=parties, **plain, _examples={}, _kept_back={})  # type: ignore[arg-type]
+
+    # ---- a round --------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def turn(self, client: int, sent: Tensors, rnd: Round) -> "Iterator[PreTrainedModel | PeftModel]":
+        """A client's turn on the base: the model with the adapter as it was sent, at the client's rank, ready to be trained."""
+        tensors = self._at_rank(client, sent)
+        models.load_trainable(self.base.model, tensors)
+        with models.only(self.base.model, aggregation.trained(tensors, self.rules.rule, rnd.index)):
+            yield self.base.model
+
+    def check(self, server: Any, rnd: Round) -> "Callable[[Update], None]":
+        """What every update of the round must pass before it touches anything."""
+        names = aggregation.trained(server.adapter, self.rules.rule, rnd.index)
+
+        def check(update: "Update") -> None:
+            expected = self._at_rank(update.client, {name: server.adapter[name] for name in names})
+            aggregation.inspect(update.tensors, expected, self.rules, server.memory)
+
+        return check
+
+    def aggregate(self, server: Any, updates: "Iterable[Update]", rnd: Round) -> Any:
+        """The server after the round: adapter, what aggregation remembers, figures. A rule that changes the base does so here."""
+        start = aggregation.Start(
+            adapter=server.adapter,
+            memory=server.memory,
+            scale=rnd.scale,
+            config=self.rules,
+            optimizer=self.server_optimizer,
+            server=self.server,
+            fresh=partial(self.base.anew, rnd.index),
+            scratch=self.scratch,
+        )
+        made = aggregation.aggregate(updates, start)
+        self.base.folds.fold(made.fold)
+        return replace(server, adapter=made.adapter, memory=made.memory, figures=made.figures)
+
+    def _at_rank(self, client: int, tensors: Tensors) -> Tensors:
+        return aggregation.narrowed(tensors, self._rank(client)) if self.ranks else tensors
+
+    def _rank(self, client: int) -> int:
+        return self.ranks[client % len(self.ranks)]
+
+    # ---- rows -----------------------------------------------------------------------------------------------------------------
 
     def examples(self, client: int) -> "Sequence[corpora.Example]":
         """A client's training examples, tokenised on first use; packed ones where that is asked for."""

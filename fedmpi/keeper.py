@@ -90,7 +90,7 @@ class Keeper:
         last = rnd.index + 1 >= self.recipe.rounds
         due = last or (self.recipe.eval_every and (rnd.index + 1) % self.recipe.eval_every == 0)
         scores = self._score(server.adapter) if due else {}  # first: what it sends belongs to this round
-        line = {**self._figures(rnd), **scores}
+        line = {**self._figures(rnd), **server.figures, **scores}
         line["seconds"] = time.monotonic() - began
         self._line(line)
         self.owned.update(self.fed.outcome.owned)
@@ -157,7 +157,8 @@ class Keeper:
     def _commit(self, round_index: int, server: Any) -> None:
         """State first, then the metrics lines: a line that is there tells of a round that cannot be lost."""
         record = {"lines": self.folder.pending, "history": self.history, "totals": dict(self.fed.ledger.totals)}
-        self.folder.checkpoints.commit(round_index, saved(server), record, self.owned)
+        state = saved(server) | {f"base/{name}": tensor for name, tensor in self.host.base.folds.saved().items()}
+        self.folder.checkpoints.commit(round_index, state, record, self.owned)
         self.folder.publish()
         assert self.fed.conductor is not None
         self.fed.conductor.durable = round_index
@@ -168,6 +169,7 @@ class Keeper:
         where = self.folder.path / "adapter"
         with checkpoint.writing(str(where), "every round is safe: make room and start the run again, it ends there"):
             models.save_adapter(self.host.base.model, server.adapter, where)
+            self.host.base.folds.save(where)
         rounds = [line for line in lines if "event" not in line]
         first = next((line for line in lines if line["round"] == -1), {})
         totals = dict(self.fed.ledger.totals) | {"seconds": self.history["seconds"]}

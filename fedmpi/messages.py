@@ -60,6 +60,7 @@ class Kind(IntEnum):
     FAREWELL = 13
     QUESTION = 14
     ANSWER = 15
+    FOLD = 16
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from types import ModuleType
 from typing import Any, Literal
 
 from fedmpi import config
+from fedmpi.aggregation import FOLDING, Optimizer, ServerConfig
+from fedmpi.aggregation import Config as AggregationConfig
 from fedmpi.data import Config as DataConfig
 from fedmpi.errors import ConfigError
 from fedmpi.evaluation import Config as EvalConfig
@@ -55,6 +57,7 @@ class Recipe:
         keep: checkpoints that are kept
         eval_every: rounds between evaluations (the first is before round 0); 0 = only at the end
         on_quorum_lost: repeat the round with a new cohort (three times at most), or stop
+        server_optimizer: none, or what steps along the clients' move: avgm (FedAvgM), adam, yogi or adagrad (FedAdam and so on)
         transport: auto, torch or mpi; decides where the environment is ambiguous
     """
 
@@ -79,12 +82,15 @@ class Recipe:
     keep: int = 2
     eval_every: int = 1
     on_quorum_lost: Literal["repeat", "stop"] = "repeat"
+    server_optimizer: Optimizer = "none"
     transport: Literal["auto", "torch", "mpi"] = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
         at_least = {
@@ -128,6 +134,33 @@ class Recipe:
             raise ConfigError(f"timeout_s {self.timeout_s}: give seconds above 0, at most {_WEEK_S} (a week)")
         if self.sampling not in ("all", "uniform", "weighted") and not self.sampling.startswith("fixed:"):
             raise ConfigError(f"sampling {self.sampling!r}: allowed are all, uniform, weighted, fixed:0,3,5")
+
+        self._can_be_aggregated()
+
+    def _can_be_aggregated(self) -> None:
+        """Rules that do not go with a method, a model or each other."""
+        rule, robust, optimizer = self.aggregation.rule, self.aggregation.robust, self.server_optimizer
+        if rule != "mean" and self.peft.method != "lora":
+            raise ConfigError(
+                f"aggregation.rule {rule} is about LoRA's factors, peft.method is {self.peft.method}: give lora, or rule mean"
+            )
+        if rule in (*FOLDING, "flexlora") and self.peft.dora:
+            raise ConfigError(
+                f"aggregation.rule {rule} averages products B A; with peft.dora they are not what is added to a weight"
+            )
+        if robust != "none" and self.weights != "equal":
+            raise ConfigError(
+                f"aggregation.robust {robust} counts every update as one, weights is {self.weights}: give weights equal"
+            )
+        if robust != "none" and self.peft.client_ranks:
+            raise ConfigError(f"aggregation.robust {robust} compares updates of one shape: leave peft.client_ranks out")
+        if optimizer != "none" and rule in (*FOLDING, "flexlora"):
+            raise ConfigError(
+                f"server_optimizer {optimizer} steps along the adapter's own tensors, aggregation.rule {rule} makes others: "
+                "give rule mean, ffa or rolora"
+            )
+        if optimizer == "none" and self.server != ServerConfig():
+            raise ConfigError("server.* are settings of the server's optimiser: give server_optimizer avgm, adam, yogi or adagrad")
 
     def settings(self) -> dict[str, Any]:
         """All settings as plain values."""

@@ -153,7 +153,18 @@ class Program:
         device = pick_device(wanted.device, self.world.local_rank)
         measures = self.world.rank == 0 or wanted.scenario != "fed"
         parties = data.federate(wanted.data, wanted.clients, wanted.seed, self._own_clients(), measures)
-        return Host(Base(wanted.model, wanted.peft, device, wanted.seed), parties, wanted.data, wanted.train, wanted.eval)
+        return Host(
+            Base(wanted.model, wanted.peft, device, wanted.seed),
+            parties,
+            wanted.data,
+            wanted.train,
+            wanted.eval,
+            wanted.aggregation,
+            wanted.server_optimizer,
+            wanted.server,
+            scratch=self._path(),
+            ranks=tuple(map(int, wanted.peft.client_ranks)),
+        )
 
     def _own_clients(self) -> "tuple[int, ...] | None":
         """Whose files this rank may open where each client brings its own; None: there is nothing to keep apart."""

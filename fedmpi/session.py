@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fedmpi import checkpoint, config
+from fedmpi import aggregation, checkpoint, config
 from fedmpi.errors import ConfigError
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import SERVER, Federation
@@ -21,7 +21,7 @@ from fedmpi.keeper import Keeper, restored
 from fedmpi.recipe import Recipe
 from fedmpi.round import End, cohort_size, fixed_cohort, place
 from fedmpi.stop import Stop
-from fedmpi.tensors import num_bytes
+from fedmpi.tensors import Tensors, num_bytes
 
 LEAST_LIMIT_BYTES = 1 << 20
 
@@ -52,7 +52,9 @@ class Session:
         vault = checkpoint.Vault(self.path / "checkpoints" / "clients")
         hosted = placement.hosted_by(rank)
         answer = partial(self.host.score_each, clients=hosted)
-        fed = Federation(placement, rank, self.post, vault=vault, near=self.near, answer=answer)
+        folds = self.host.base.folds
+        folds.restore({})  # another training may have stood on this base
+        fed = Federation(placement, rank, self.post, vault=vault, near=self.near, ground=folds, answer=answer)
         # ranks that read other rows are as foreign as ranks with other settings
         experiment = f"{self.experiment} on data {config.digest(self.host.parties.record)}"
         sizes = fed.greet(experiment, {c: self.host.num_examples(c) for c in hosted}, {c: self.host.about(c) for c in hosted})
@@ -90,10 +92,12 @@ class Session:
         server = None if done else self.algorithm.build_server(self.own, self.host)
         if committed is not None and server is not None:
             server = restored(server, committed.tensors)
+            base = {name: tensor for name, tensor in committed.tensors.items() if name.startswith("base/")}
+            self.host.base.folds.restore({name.removeprefix("base/"): tensor for name, tensor in base.items()})
         if done:
             fed.conductor.end = End.FINISHED
         owned = committed.owned if committed else {}
-        fed.welcome(owned, LEAST_LIMIT_BYTES + 4 * (num_bytes(server.adapter) if server else 0))
+        fed.welcome(owned, LEAST_LIMIT_BYTES + (self._most_bytes(server.adapter) if server else 0))
         keeper = Keeper(recipe, self.algorithm, self.host, folder, fed, self.stop, self.title, self.quiet, dict(owned))
         if server is None:
             for _ in fed.rounds():
@@ -102,6 +106,11 @@ class Session:
             server = keeper.rounds(server, parties, committed.record if committed else None)
         fed.farewell()
         return fed.end, done or (keeper.finish(server, facts) if fed.end is End.FINISHED else None)
+
+    def _most_bytes(self, adapter: Tensors) -> int:
+        """What the largest message of the run will stay below."""
+        folding = self.host.rules.rule in aggregation.FOLDING
+        return 4 * num_bytes(adapter) + (self.host.base.folds.most_bytes() if folding else 0)
 
     def _conductor(self, sizes: Mapping[int, int], first_round: int) -> Conductor:
         recipe, num_clients = self.recipe, len(sizes)

@@ -13,7 +13,7 @@ from fedmpi.aggregation import Config, ServerConfig, factors, optimisers, robust
 from fedmpi.aggregation.mean import exact_mean
 from fedmpi.aggregation.spool import Sent, Spool
 from fedmpi.errors import NonFinite, TrainingError
-from fedmpi.tensors import Tensors, same_names
+from fedmpi.tensors import Tensors
 
 MEDIAN = "median_move"  # of the updates that counted last
 FAR = 4.0  # times that, and an update is refused where the bound is adaptive
@@ -88,7 +88,9 @@ def _measured(updates: Iterable[Sent], sent: Tensors, moves: list[float]) -> Ite
 
 def inspect(tensors: Tensors, expected: Tensors, config: Config, memory: Tensors) -> None:
     """Refuse an update before it touches the aggregate: for names, shapes, dtypes, values, or how far it moved from `expected`."""
-    same_names(expected, tensors)
+    if expected.keys() != tensors.keys():
+        missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+        raise TrainingError(f"the update lacks {missing[:3]} and brings {surplus[:3]}: settings differ")
     for name, tensor in tensors.items():
         like = expected[name]
         if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):

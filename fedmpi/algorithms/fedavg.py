@@ -2,10 +2,10 @@
 McMahan et al., arXiv 1602.05629. Numbers in comments are steps of FedIT's Algorithm 1 as its text describes them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fedmpi import aggregation, federation, models, training
+from fedmpi import federation, models, training
 from fedmpi.seeding import seed_for
 
 if TYPE_CHECKING:
@@ -24,10 +24,13 @@ class Config:
 
 @dataclass(frozen=True)
 class Server:
-    """What only the server holds: the adapter that the rounds improve."""
+    """What only the server holds: the adapter that the rounds improve, and what its aggregation remembers and tells."""
 
-    SAVED = ("adapter",)
+    SAVED = ("adapter", "memory")
+    host: "Host"
     adapter: "Tensors"
+    memory: "Tensors" = field(default_factory=dict)
+    figures: "Mapping[str, float]" = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Client:
 
 def build_server(config: Config, host: "Host") -> Server:
     """The adapter as it begins: equal to nothing, from the run's seed."""
-    return Server(host.base.fresh)
+    return Server(host, host.base.fresh)
 
 
 def build_client(config: Config, host: "Host", client: int) -> Client:
@@ -52,27 +55,27 @@ def build_client(config: Config, host: "Host", client: int) -> Client:
 def run_round(fed: "Federation", rnd: "Round", server: Server | None, clients: "Mapping[int, Client]") -> Server | None:
     """One communication round. Every rank runs this; `server` is None and `clients` is empty where they do not live."""
     sent = fed.broadcast(server.adapter if server else None)  # 1: the server sends the global adapter to the cohort
-    received = fed.gather(rnd, clients, lambda client: client_update(client, sent, rnd))  # 2-3: local tuning, sending back
+    check = server.host.check(server, rnd) if server else None
+    received = fed.gather(rnd, clients, lambda client: client_update(client, sent, rnd), check)  # 2-3: local tuning, sending back
     if server:
-        server = replace(server, adapter=aggregation.exact_mean(received, rnd.scale))  # 4: mean, weighted by data size
+        server = server.host.aggregate(server, received, rnd)  # 4: the mean, weighted by data size, or another rule
     return server
 
 
 def client_update(client: Client, sent: "Tensors", rnd: "Round") -> "Update":
     """Tune the received adapter on the client's own examples; the base is frozen and shared by all clients of this process."""
-    model = client.host.base.model
-    models.load_trainable(model, sent)
-    fit = training.fit(
-        model,
-        client.host.examples(client.id),
-        client.host.train,
-        seed=seed_for(rnd.seed, "fit", client.id),
-        pad_id=client.host.base.pad_id,
-        state=training.OptimState.of(client.owned) if client.owned else None,
-    )
-    return federation.Update(
-        client=client.id,
-        tensors=models.trainable(model),
-        metrics=fit.metrics(),
-        owned=fit.state.pack() if fit.state else None,
-    )
+    with client.host.turn(client.id, sent, rnd) as model:
+        fit = training.fit(
+            model,
+            client.host.examples(client.id),
+            client.host.train,
+            seed=seed_for(rnd.seed, "fit", client.id),
+            pad_id=client.host.base.pad_id,
+            state=training.OptimState.of(client.owned) if client.owned else None,
+        )
+        return federation.Update(
+            client=client.id,
+            tensors=models.trainable(model),
+            metrics=fit.metrics(),
+            owned=fit.state.pack() if fit.state else None,
+        )

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fedmpi import training
-from fedmpi.errors import Aborted, FedmpiError, LinkError, ProtocolError, WorldError
+from fedmpi.errors import Aborted, FedmpiError, LinkError, ProtocolError, TrainingError, WorldError
 from fedmpi.federation import scores
 from fedmpi.federation.conductor import Conductor
+from fedmpi.federation.ground import Ground, Levelling
 from fedmpi.federation.owned import Owned
 from fedmpi.federation.post import Post, content
 from fedmpi.federation.updates import Failure, Outcome, Party, Update, Vault
@@ -40,6 +41,7 @@ class Federation:
     conductor: Conductor | None = None  # held by the server alone
     vault: Vault | None = None
     near: str | None = None  # host:port of something that every rank can reach, where there is one
+    ground: Ground | None = None  # what each process holds once and the server may change
     answer: scores.Answer | None = None  # how clients that live here score what the server asks about, on rows of their own
     about: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # on the server: what clients told of themselves
     outcome: Outcome = field(default_factory=Outcome)
@@ -51,6 +53,7 @@ class Federation:
 
     def __post_init__(self) -> None:
         self._owned = Owned(self.vault, self.leads)
+        self._levelling = Levelling(self.ground, self.placement) if self.ground is not None else None
 
     # ---- what an algorithm calls ----------------------------------------------------------------------------------------------
 
@@ -73,7 +76,8 @@ class Federation:
             return self._spread(rnd, tensors)
         if self.post is None or not self._hosted_in(rnd):
             return {}
-        message = self.post.expect(SERVER, Kind.BROADCAST, rnd.index, f"waiting for the broadcast of round {rnd.index}")
+        message = self._next(self.post, f"waiting for the broadcast of round {rnd.index}")
+        self.post.expected(message, Kind.BROADCAST, rnd.index)
         received = self.post.keep(message) if self.leads else None
         message.release()
         if self._inner is not None:
@@ -81,13 +85,22 @@ class Federation:
         assert received is not None
         return received
 
-    def gather(self, rnd: Round, clients: Mapping[int, C], work: Callable[[C], Update]) -> Iterator[Update]:
-        """Run `work` for each client of the cohort that lives here; on the server, yield the updates of all in arrival order."""
+    def gather(
+        self,
+        rnd: Round,
+        clients: Mapping[int, C],
+        work: Callable[[C], Update],
+        check: Callable[[Update], None] | None = None,
+    ) -> Iterator[Update]:
+        """Run `work` for each client of the cohort that lives here; on the server, yield the updates of all in arrival order.
+
+        The server's `check` sees each update before anybody else does: one that it raises a TrainingError at is a Failure.
+        """
         outcomes = (self._attempt(rnd, clients[client], work) for client in self._hosted_in(rnd))
         if self.post is None:
-            return self._judged(rnd, outcomes)
+            return self._judged(rnd, outcomes, check)
         if self.conductor is not None:
-            return self._judged(rnd, self._arrivals(rnd, self.post))
+            return self._judged(rnd, self._arrivals(rnd, self.post), check)
         for outcome in outcomes:  # now, not lazily: a client rank never reads what it gathered
             if self.leads:
                 self._hand_in(rnd, outcome, self.post)
@@ -113,6 +126,7 @@ class Federation:
         assert self.answer is not None
         if self.post is None:
             return self.answer(tensors)
+        self._level({leader: self.placement.hosted_by(leader)[0] for leader in self.placement.leaders}, -1)
         self.ledger.asked_bytes += num_bytes(tensors) * len(self.placement.leaders)
         return scores.ask(self.post, self.placement, tensors)
 
@@ -215,13 +229,28 @@ class Federation:
 
     def _follow(self) -> Round:
         assert self.post is not None
-        message = self.post.receive({SERVER}, "waiting for the next round")
+        message = self._next(self.post, "waiting for the next round")
         while message.header.kind is Kind.QUESTION and self.answer is not None:
             scores.reply(self.post, message, self.answer)
-            message = self.post.receive({SERVER}, "waiting for the next round")
+            message = self._next(self.post, "waiting for the next round")
         if message.header.kind is not Kind.ROUND:
             raise ProtocolError(f"rank {SERVER} sent {message.header.kind.name}, expected a round header")
         return Round.unpack(content(message), len(self.placement.leader_of))
+
+    def _next(self, post: Post, phase: str) -> Message:
+        """The server's next message. What it has changed in the base since this rank last took part comes before it."""
+        message = post.receive({SERVER}, phase)
+        while message.header.kind is Kind.FOLD and self.ground is not None:
+            missed = post.keep(message) if self.leads else None
+            message.release()
+            self.ground.catch_up(self._inner.share(missed) if self._inner is not None else missed or {})
+            message = post.receive({SERVER}, phase)
+        return message
+
+    def _level(self, holders: Mapping[int, int], round_index: int) -> None:
+        """Bring these ranks' base up to date before they get anything that stands on it."""
+        if self._levelling is not None:
+            self._levelling.bring_up(self.post, self.ledger, holders, round_index)
 
     def _hosted_in(self, rnd: Round) -> list[int]:
         hosted = set(self.placement.hosted_by(self.rank))
@@ -272,25 +301,29 @@ class Federation:
     def _spread(self, rnd: Round, tensors: Tensors) -> Tensors:
         """One copy to each rank that hosts a client of the cohort; alone, one for each client."""
         if self.post is None:
+            self._level({client: client for client in rnd.cohort}, rnd.index)
             self.ledger.down.update(dict.fromkeys(rnd.cohort, num_bytes(tensors)))
             return tensors
         first = {self.placement.leader_of[client]: client for client in reversed(rnd.cohort)}
+        self._level(first, rnd.index)
         self.ledger.down.update(dict.fromkeys(first.values(), num_bytes(tensors)))
         decoded = self.post.send_tensors(sorted(first), Kind.BROADCAST, tensors, rnd.index)
         for leader in first:  # members wait on their own link until it is time to turn to their leader
             self.post.send_bytes(self.placement.seat_of(leader)[1:], Kind.BROADCAST, b"", rnd.index)
         return decoded
 
-    def _judged(self, rnd: Round, outcomes: Iterator[Update | Failure]) -> Iterator[Update]:
+    def _judged(self, rnd: Round, outcomes: Iterator[Update | Failure], check: Callable[[Update], None] | None) -> Iterator[Update]:
         """Updates with their weights; failures go to the record; the end of the updates is the verdict."""
         assert self.conductor is not None
         for outcome in outcomes:
+            if isinstance(outcome, Update):
+                self.ledger.up[outcome.client] += num_bytes(outcome.tensors)
+                outcome = _passed(outcome, check)
             if isinstance(outcome, Failure):
                 self.outcome.failures[outcome.client] = outcome
                 continue
             weight = self.conductor.weight(outcome.client, outcome.metrics.get("examples", 0.0))
             update = replace(outcome, weight=weight)
-            self.ledger.up[update.client] += num_bytes(update.tensors)
             self.outcome.note(update)
             yield update
         self.conductor.judge(rnd, self.outcome.counted, {c: str(f) for c, f in self.outcome.failures.items()})
@@ -328,3 +361,13 @@ class Federation:
             raise ProtocolError(
                 f"rank {message.peer} speaks for client {header.client}; missing in round {rnd.index}: {sorted(missing)}"
             )
+
+
+def _passed(update: Update, check: Callable[[Update], None] | None) -> Update | Failure:
+    """The update, or why it is none."""
+    try:
+        if check is not None:
+            check(update)
+    except TrainingError as error:
+        return Failure(update.client, type(error).__name__, str(error))
+    return update

@@ -39,11 +39,14 @@ class Post:
 
     def expect(self, peer: int, kind: Kind, round_index: int, phase: str) -> Message:
         """The next message of this peer, which must be of this kind and round."""
-        message = self.receive({peer}, phase)
+        return self.expected(self.receive({peer}, phase), kind, round_index)
+
+    def expected(self, message: Message, kind: Kind, round_index: int) -> Message:
+        """This message, which must be of this kind and round."""
         header = message.header
         if header.kind is not kind or header.round != round_index:
             raise ProtocolError(
-                f"rank {peer} sent {header.kind.name} of round {header.round}, expected {kind.name} of round {round_index}"
+                f"rank {message.peer} sent {header.kind.name} of round {header.round}, expected {kind.name} of round {round_index}"
             )
         return message
 

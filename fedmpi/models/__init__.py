@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fedmpi.models.adapters import bare as bare
     from fedmpi.models.adapters import load_trainable as load_trainable
     from fedmpi.models.adapters import merged as merged
+    from fedmpi.models.adapters import only as only
     from fedmpi.models.adapters import save_adapter as save_adapter
     from fedmpi.models.adapters import trainable as trainable
     from fedmpi.models.adapters import trained as trained
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from fedmpi.models.backbone import load_shapes as load_shapes
     from fedmpi.models.backbone import load_tokenizer as load_tokenizer
     from fedmpi.models.backbone import public_name as public_name
+    from fedmpi.models.folding import Folds as Folds
+    from fedmpi.models.methods import initialise as initialise
     from fedmpi.models.outline import Outline as Outline
     from fedmpi.models.outline import same_for_all as same_for_all
     from fedmpi.models.packing import require_packing as require_packing
@@ -46,6 +49,7 @@ class Config:
 Method = Literal["lora", "prefix", "ptuning", "prompt", "none"]
 _READ_BY: dict[str, tuple[str, ...]] = {  # whose settings these are; another method would leave them unread
     "target_modules": ("lora",),
+    "client_ranks": ("lora",),
     "rslora": ("lora",),
     "dora": ("lora",),
     "dropout": ("lora", "ptuning"),
@@ -62,6 +66,7 @@ class PeftConfig:
     Args:
         method: lora, prefix tuning, ptuning (P-tuning), prompt tuning, or none = the whole model
         rank: of the two factors (lora)
+        client_ranks: ranks of the clients, such as 4,8,8, taken in turn; default all have rank, none may have more (lora)
         alpha: their product is scaled by alpha / rank (lora)
         rslora: scale by alpha / sqrt(rank) instead (lora)
         dora: train the length of each weight's columns beside the factors (lora)
@@ -75,6 +80,7 @@ class PeftConfig:
 
     method: Method = "lora"
     rank: int = 8
+    client_ranks: tuple[int, ...] | str = ()
     alpha: int = 16
     rslora: bool = False
     dora: bool = False
@@ -91,9 +97,13 @@ class PeftConfig:
             object.__setattr__(
                 self, "target_modules", tuple(part.strip() for part in self.target_modules.split(",") if part.strip())
             )
+        if isinstance(self.client_ranks, str):
+            object.__setattr__(self, "client_ranks", _numbers("peft.client_ranks", self.client_ranks))
         for key in ("rank", "alpha", "num_virtual_tokens"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"peft.{key} is {getattr(self, key)}: it must be at least 1")
+        if wrong := [rank for rank in self.client_ranks if not 1 <= int(rank) <= self.rank]:
+            raise ConfigError(f"peft.client_ranks has {wrong[0]}: a client's rank is at least 1 and at most peft.rank, {self.rank}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"peft.dropout is {self.dropout}: it must be at least 0 and less than 1")
         for key, methods in _READ_BY.items():
@@ -106,18 +116,26 @@ class PeftConfig:
             raise ConfigError(f"peft.dropout is {self.dropout}, but of the encoders of ptuning only lstm has one")
 
 
-_ADAPTERS = ("add_adapter", "trained", "trainable", "load_trainable", "save_adapter", "adapted", "merged", "worn", "bare")
+def _numbers(key: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.strip("[]() ").split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"{key} {text!r}: give whole numbers, such as 4,8,8") from None
+
+
 __getattr__ = door(
     __name__,
     {
         **dict.fromkeys(("base_of", "public_name", "load_tokenizer", "load_model", "load_shapes"), "backbone"),
         **dict.fromkeys(
-            ("add_adapter", "trained", "trainable", "load_trainable", "save_adapter", "adapted", "merged", "worn", "bare"),
+            ("add_adapter", "trained", "trainable", "load_trainable", "only", "save_adapter", "adapted", "merged", "worn", "bare"),
             "adapters",
         ),
         **dict.fromkeys(("virtual_positions", "rows_in_front", "to_continue"), "virtual"),
         **dict.fromkeys(("Outline", "same_for_all"), "outline"),
+        "Folds": "folding",
         "find_targets": "targets",
         "require_packing": "packing",
+        "initialise": "methods",
     },
 )

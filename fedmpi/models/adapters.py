@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmpi.errors import ModelError
 from fedmpi.models import PeftConfig
+from fedmpi.models.folding import fold_in, names_of_changes
 from fedmpi.models.methods import describe, initialise
 from fedmpi.tensors import Tensors, save_file
 
@@ -55,16 +56,37 @@ def trainable(model: torch.nn.Module) -> Tensors:
 
 @torch.no_grad()
 def load_trainable(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write values into what is trained, in place, so that the base and every optimiser keep their tensors."""
+    """Write values into what is trained, in place. LoRA factors of another rank take the place of those that are there."""
     parameters = trained(model)
     if parameters.keys() != tensors.keys():
         missing, surplus = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
         raise ModelError(f"the adapter does not fit the model: missing {missing[:3]}, surplus {surplus[:3]}")
     for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
+        if parameter.shape != tensors[name].shape and not _other_rank(name, parameter, tensors[name]):
             raise ModelError(f"{name} is {tuple(tensors[name].shape)}: the model's adapter expects {tuple(parameter.shape)}")
     for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            parameter.grad, parameter.data = None, parameter.new_empty(tensors[name].shape)
         parameter.copy_(tensors[name])
+
+
+def _other_rank(name: str, parameter: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether these are factors that differ in their rank alone."""
+    kept = slice(1, None) if ".lora_A." in name else slice(0, 1) if ".lora_B." in name else slice(0, 0)
+    return parameter.ndim == tensor.ndim == 2 and kept != slice(0, 0) and parameter.shape[kept] == tensor.shape[kept]
+
+
+@contextmanager
+def only(model: torch.nn.Module, names: Collection[str]) -> Iterator[None]:
+    """For a while, of all that is trained only these parameters are."""
+    idle = [parameter for name, parameter in trained(model).items() if name not in names]
+    for parameter in idle:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in idle:
+            parameter.requires_grad_(True)
 
 
 def save_adapter(model: PreTrainedModel | PeftModel, tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
@@ -84,13 +106,14 @@ def save_adapter(model: PreTrainedModel | PeftModel, tensors: Mapping[str, torch
 
 
 def adapted(model: PreTrainedModel, folder: Path) -> Any:
-    """The model with what a folder holds on it, ready to be asked."""
+    """The model with what a folder holds on it, and what the run folded into the base, ready to be asked."""
     if not (folder / SETTINGS).is_file():
         raise ModelError(f"{folder} is no PEFT folder (no {SETTINGS}): the run has not finished, or take another folder")
     try:
         if _is_whole(folder):
             load_trainable(model.float().requires_grad_(True), load_file(folder / WEIGHTS))
             return model.requires_grad_(False).eval()
+        fold_in(model, folder)
         with warnings.catch_warnings():  # peft asks transformers by names that are to change
             warnings.simplefilter("ignore", FutureWarning)
             return PeftModel.from_pretrained(model, folder).eval()
@@ -117,15 +140,16 @@ def worn(model: PreTrainedModel, folder: Path | None) -> Iterator[Any]:
         yield model
         return
     dtype = model.dtype
-    kept = {name: tensor.clone() for name, tensor in model.named_parameters()} if _is_whole(folder) else {}
+    whole, changed = _is_whole(folder), names_of_changes(folder)
+    kept = {name: tensor.clone() for name, tensor in model.named_parameters() if whole or name in changed}
     wearing = adapted(model, folder)
     try:
         yield wearing
     finally:
+        if not whole and bare(wearing) is wearing:  # it stands in the model's own modules
+            wearing.unload()
         if kept:
             model.to(dtype).load_state_dict(kept, strict=False)
-        elif bare(wearing) is wearing:  # it stands in the model's own modules
-            wearing.unload()
 
 
 def bare(model: Any) -> Any:

@@ -122,7 +122,7 @@ def _wrap_rounds(probe: Probe) -> None:
 
 
 def _wrap_exchange(probe: Probe) -> None:
-    broadcast, write, mean = Federation.broadcast, Link._write, aggregation.exact_mean
+    broadcast, write, aggregate = Federation.broadcast, Link._write, aggregation.aggregate
 
     def broadcasts(fed: Federation, tensors: Any) -> Any:
         if tensors is not None:
@@ -138,7 +138,7 @@ def _wrap_exchange(probe: Probe) -> None:
             link._wire = Damaged(wire, probe)
         write(link, message)
 
-    def means(updates: Any, scale: int) -> Any:
+    def aggregates(updates: Any, start: Any) -> Any:
         def watched() -> Iterator[Any]:
             for number, update in enumerate(updates):
                 probe.note("added", client=update.client, sha=digest(update.tensors))
@@ -146,9 +146,9 @@ def _wrap_exchange(probe: Probe) -> None:
                     probe.at("gather")
                 yield update
 
-        return mean(watched(), scale)
+        return aggregate(watched(), start)
 
-    Federation.broadcast, Link._write, aggregation.exact_mean = broadcasts, writes, means  # type: ignore[method-assign]
+    Federation.broadcast, Link._write, aggregation.aggregate = broadcasts, writes, aggregates  # type: ignore[method-assign]
 
 
 class Damaged:

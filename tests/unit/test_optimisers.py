@@ -68,7 +68,7 @@ def test_a_fair_update_passes() -> None:
 @pytest.mark.parametrize(
     ("tensors", "error", "words"),
     [
-        ({"y": torch.ones(2)}, KeyError, "missing"),
+        ({"y": torch.ones(2)}, TrainingError, r"lacks \['x'\] and brings \['y'\]"),
         ({"x": torch.ones(3)}, TrainingError, r"x is \(3,\)"),
         ({"x": torch.ones(2, dtype=torch.float16)}, TrainingError, "float16"),
         ({"x": torch.tensor([1.0, math.nan])}, NonFinite, "x holds"),
