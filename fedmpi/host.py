@@ -123,13 +123,16 @@ class Host:
         with models.only(self.base.model, aggregation.trained(tensors, self.rules.rule, rnd.index)):
             yield self.base.model
 
-    def check(self, server: Any, rnd: Round) -> "Callable[[Update], None]":
-        """What every update of the round must pass before it touches anything."""
+    def check(self, server: Any, rnd: Round, beside: Tensors | None = None) -> "Callable[[Update], None]":
+        """What every update of the round must pass before it touches anything; tensors like `beside` come with the adapter."""
         names = aggregation.trained(server.adapter, self.rules.rule, rnd.index)
 
         def check(update: "Update") -> None:
             expected = self._at_rank(update.client, {name: server.adapter[name] for name in names})
-            aggregation.inspect(update.tensors, expected, self.rules, server.memory)
+            extra = {name: update.tensors[name] for name in (beside or {}) if name in update.tensors}
+            own = {name: tensor for name, tensor in update.tensors.items() if name not in extra}
+            aggregation.inspect(own, expected, self.rules, server.memory)
+            aggregation.inspect(extra, beside or {}, aggregation.Config(), {})
 
         return check
 

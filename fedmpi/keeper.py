@@ -21,7 +21,7 @@ from fedmpi.progress import Progress
 from fedmpi.recipe import Recipe
 from fedmpi.round import End, Round
 from fedmpi.stop import Stop
-from fedmpi.tensors import Tensors
+from fedmpi.tensors import Tensors, part, prefixed
 
 _NEW = {"best": None, "worse": 0, "seconds": 0.0, "steps": 0.0, "train_s": 0.0}
 
@@ -157,7 +157,7 @@ class Keeper:
     def _commit(self, round_index: int, server: Any) -> None:
         """State first, then the metrics lines: a line that is there tells of a round that cannot be lost."""
         record = {"lines": self.folder.pending, "history": self.history, "totals": dict(self.fed.ledger.totals)}
-        state = saved(server) | {f"base/{name}": tensor for name, tensor in self.host.base.folds.saved().items()}
+        state = saved(server) | prefixed("base/", self.host.base.folds.saved())
         self.folder.checkpoints.commit(round_index, state, record, self.owned)
         self.folder.publish()
         assert self.fed.conductor is not None
@@ -193,12 +193,12 @@ class Keeper:
 
 def saved(server: Any) -> Tensors:
     """The tensors of a server's state: the fields that its class names in SAVED."""
-    return {f"{name}/{key}": tensor for name in server.SAVED for key, tensor in getattr(server, name).items()}
+    return {key: tensor for name in server.SAVED for key, tensor in prefixed(f"{name}/", getattr(server, name)).items()}
 
 
 def restored(server: Any, tensors: Tensors) -> Any:
     """The server value with the state that `saved` gave."""
     known = {f.name for f in fields(server)}
-    parts = {name: {key.split("/", 1)[1]: t for key, t in tensors.items() if key.startswith(f"{name}/")} for name in server.SAVED}
+    parts = {name: part(tensors, f"{name}/") for name in server.SAVED}
     assert set(parts) <= known
     return replace(server, **parts)

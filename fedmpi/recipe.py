@@ -192,7 +192,10 @@ def read(arguments: Sequence[str], program: str, about: str) -> tuple[Recipe, An
     has_settings = bool(fields(module.Config))
     namespace = config.parse(Recipe, arguments, program, about, {group: module.Config} if has_settings else {})
     given: dict[str, Any] = {key: getattr(namespace, key) for key in Recipe.__dataclass_fields__}
-    return Recipe(**given), getattr(namespace, group) if has_settings else module.Config()
+    recipe = Recipe(**given)
+    if hasattr(module, "require"):
+        module.require(recipe)
+    return recipe, getattr(namespace, group) if has_settings else module.Config()
 
 
 def algorithm(name: str) -> ModuleType:

@@ -21,7 +21,7 @@ from fedmpi.keeper import Keeper, restored
 from fedmpi.recipe import Recipe
 from fedmpi.round import End, cohort_size, fixed_cohort, place
 from fedmpi.stop import Stop
-from fedmpi.tensors import Tensors, num_bytes
+from fedmpi.tensors import Tensors, num_bytes, part
 
 LEAST_LIMIT_BYTES = 1 << 20
 
@@ -92,8 +92,7 @@ class Session:
         server = None if done else self.algorithm.build_server(self.own, self.host)
         if committed is not None and server is not None:
             server = restored(server, committed.tensors)
-            base = {name: tensor for name, tensor in committed.tensors.items() if name.startswith("base/")}
-            self.host.base.folds.restore({name.removeprefix("base/"): tensor for name, tensor in base.items()})
+            self.host.base.folds.restore(part(committed.tensors, "base/"))
         if done:
             fed.conductor.end = End.FINISHED
         owned = committed.owned if committed else {}

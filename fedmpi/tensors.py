@@ -16,6 +16,16 @@ def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """The tensors as a group of this name."""
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def part(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
+    """The tensors of a group, by their own names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def same_names(left: Mapping[str, object], right: Mapping[str, object]) -> None:
     """Raise a KeyError that lists what is missing and what is surplus."""
     missing, surplus = sorted(left.keys() - right.keys()), sorted(right.keys() - left.keys())

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedmpi.aggregation.mean import exact_mean as exact_mean
     from fedmpi.aggregation.mean import grid_scale as grid_scale
     from fedmpi.aggregation.mean import largest as largest
+    from fedmpi.aggregation.spool import Spool as Spool
     from fedmpi.aggregation.step import Made as Made
     from fedmpi.aggregation.step import Start as Start
     from fedmpi.aggregation.step import aggregate as aggregate
@@ -114,6 +115,7 @@ __getattr__ = door(
     {
         **dict.fromkeys(("exact_mean", "grid_scale", "largest", "Weighted"), "mean"),
         **dict.fromkeys(("narrowed", "trained"), "factors"),
+        "Spool": "spool",
         **dict.fromkeys(("aggregate", "inspect", "Made", "Start"), "step"),
     },
 )

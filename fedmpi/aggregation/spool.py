@@ -7,6 +7,7 @@ the clients of the round. It must never know what a rule does.
 
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TypeVar
@@ -50,6 +51,18 @@ class Spool:
             self._keep(update.client, update.tensors)
             self._weights[update.client] = update.weight
             yield update
+
+    def taking(self, updates: Iterable[U], prefix: str) -> Iterator[U]:
+        """The updates as they come, without a group of their tensors: that is kept here."""
+        for update in updates:
+            self._keep(update.client, {name: tensor for name, tensor in update.tensors.items() if name.startswith(prefix)})
+            self._weights[update.client] = 1
+            rest = {name: tensor for name, tensor in update.tensors.items() if not name.startswith(prefix)}
+            yield replace(update, tensors=rest)  # type: ignore[type-var]
+
+    def total(self, name: str) -> torch.Tensor:
+        """The sum of one tensor over the clients, in their order."""
+        return torch.stack([self.get(client, name) for client in self.shares]).sum(0)
 
     def fill(self, updates: Iterable[Sent]) -> None:
         """Keep all of them."""

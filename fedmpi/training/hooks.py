@@ -7,29 +7,32 @@ Several hooks are called in the order given, at every point. A term of the loss 
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from fedmpi.data.batching import Batch
 from fedmpi.errors import ConfigError
+
+if TYPE_CHECKING:  # algorithm files define hooks, and must load without torch
+    import torch
+
+    from fedmpi.data.batching import Batch
 
 
 @dataclass(frozen=True)
 class Step:
     """One optimiser step; `loss` is this rank's part of its mean over supervised tokens, None before backward."""
 
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    model: "torch.nn.Module"
+    optimizer: "torch.optim.Optimizer"
     index: int
     num_steps: int
-    batches: Sequence[Batch]
-    loss: torch.Tensor | None = None
+    batches: "Sequence[Batch]"
+    loss: "torch.Tensor | None" = None
 
 
 class Hook:
     """Does nothing at each of the five points; a hook redefines those it needs."""
 
-    def before_fit(self, model: torch.nn.Module) -> None:
+    def before_fit(self, model: "torch.nn.Module") -> None:
         """The model is ready and nothing has been trained."""
 
     def before_step(self, step: Step) -> None:
@@ -41,7 +44,7 @@ class Hook:
     def after_step(self, step: Step) -> None:
         """The weights have moved."""
 
-    def after_fit(self, model: torch.nn.Module) -> None:
+    def after_fit(self, model: "torch.nn.Module") -> None:
         """All steps are done."""
 
 

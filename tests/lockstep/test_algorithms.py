@@ -1,4 +1,4 @@
-"""Every algorithm file, found by itself: its paper, its size, and its collectives, which no branch may skip."""
+"""Every algorithm file, found by itself: its paper, its size, its collectives, which no branch may skip; and its bytes."""
 
 import ast
 from importlib import import_module
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedmpi.recipe import known_algorithms
+from tests.lockstep.ranks import STOPS, adapter, recipe, run
 
 COLLECTIVES = {"broadcast", "gather"}
 
@@ -61,3 +62,14 @@ def test_the_lint_finds_a_collective_under_a_branch() -> None:
 def test_no_rank_is_compared(source: str) -> None:
     assert "rank" not in {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
     assert ".rank" not in source
+
+
+@pytest.mark.parametrize("name", known_algorithms())
+def test_every_placement_and_a_stop_give_the_same_bytes(settings: list[str], tmp_path: Path, name: str) -> None:
+    """With few clients of many in a round: state that a client owns must find it again, wherever it lives."""
+    wanted = recipe(*settings, f"--algorithm={name}", "--train.optimizer_state=keep", STOPS)
+    for size in (1, 2, 4):
+        assert run(wanted, tmp_path / str(size), size) == [0] * size
+    assert run(wanted, tmp_path / "parts", 2, stop_rank=1, stop_turn=8) == [75, 75]
+    assert run(wanted, tmp_path / "parts", 4) == [0] * 4
+    assert len({adapter(tmp_path / folder) for folder in ("1", "2", "4", "parts")}) == 1
