@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,12 +67,14 @@ def _packaged(argument: str) -> str:
 
 
 def _guess(message: str, options: Sequence[str]) -> str:
-    """What an option that does not exist may have been meant to be."""
+    """What an option on the command line, or a key of a recipe, that does not exist may have been meant to be."""
     wrong = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+    if key := re.search(r"(?:Group '(.+)' does not accept o|^O)ption '(.+?)'", message):
+        wrong = ["--" + ".".join(filter(None, key.groups()))]
     near = [match for word in wrong for match in difflib.get_close_matches(word, options, n=1)]
     tails = [option for word in wrong for option in options if option.endswith("." + word.lstrip("-"))]
     meant = list(dict.fromkeys([*tails, *near]))
-    return f" (did you mean {' or '.join(meant[:3])}?)" if "unrecognized" in message and meant else ""
+    return f" (did you mean {' or '.join(meant[:3])}?)" if meant and ("unrecognized" in message or key) else ""
 
 
 def _one_line(message: str) -> str:

@@ -170,7 +170,9 @@ def _attempt(what: str, config: Config, load: Callable[[], T]) -> T:
         return load()
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"the {what} of model.path {config.path} cannot be loaded: {type(error).__name__}: {reason}") from None
+        raise ModelError(
+            f"the {what} of model.path {config.path} cannot be loaded: {type(error).__name__}: {reason}; see that it is whole"
+        ) from None
 
 
 def decoder_layers(model: Any) -> Any:

@@ -1,5 +1,6 @@
 """Bad input: one clear line that says what was found and what to do, an exit code above 0, nothing overwritten."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from fedmpi.folder import RunFolder
 from fedmpi.models import adapters
 from tests.lockstep import ranks
 
+GIVEN = ("--data.name=json", "--data.path=site-{client}.jsonl", "--data.splitter=given", "--data.num_rows=null")
 BROKEN = '{"instruction": "a", "output": "b"}\n{"instruction": \n'
 
 
@@ -78,13 +80,39 @@ def test_settings(said, arguments: tuple[str, ...], words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("round: 3", ["'round'", "did you mean --rounds?"]),
+        ("train: {stepz: 1}", ["'train'", "'stepz'", "did you mean --train.steps?"]),
+        ("train: {lr: high}", ["train.lr", "high"]),
+        ("- 3", ["Unexpected config", "- 3"]),
+    ],
+)
+def test_keys_of_a_recipe(said, tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    code, line = said(f"--config={tmp_path / 'recipe.yaml'}")
+    assert code == 2 and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_model_folder_with_a_broken_file(said, model_folder: Path, tmp_path: Path, name: str) -> None:
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    (broken / name).write_bytes(b"\xff{")
+    code, line = said(f"--model.path={broken}")
+    assert code == 1 and str(broken) in line and "cannot be" in line
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--model.path=./nowhere/model",), ["nowhere/model"]),
         (("--data.name=json", "--data.path=nowhere.jsonl"), ["nowhere.jsonl"]),
         (("--data.name=json", "--data.path=broken.jsonl"), ["broken.jsonl", "line 2"]),
         (("--data.name=json", "--data.path=empty.jsonl"), ["empty.jsonl"]),
-        (("--clients=500",), ["500"]),
+        (("--data.name=json", "--data.path=bytes.jsonl"), ["bytes.jsonl line 1", "UTF-8"]),
+        (("--data.name=json", "--data.path=folder.jsonl"), ["folder.jsonl"]),
+        (("--clients=500",), ["120 rows for 500 clients", "fewer clients"]),
+        ((*GIVEN, "--clients=2", "--clients_per_round=2"), ["site-1.jsonl", "no records"]),
         (("--peft.target_modules=[knee_proj]",), ["knee_proj", "q_proj"]),
     ],
 )
@@ -92,6 +120,10 @@ def test_files_and_models(said, tmp_path: Path, monkeypatch, arguments: tuple[st
     monkeypatch.chdir(tmp_path)
     Path("broken.jsonl").write_text(BROKEN)
     Path("empty.jsonl").write_text("")
+    Path("bytes.jsonl").write_bytes(b"\xff\xfe")
+    Path("folder.jsonl").mkdir()
+    Path("site-0.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    Path("site-1.jsonl").write_text("")
     code, line = said(*arguments)
     assert code in (1, 2)
     assert all(word in line for word in words), line
