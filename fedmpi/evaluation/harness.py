@@ -21,7 +21,7 @@ def evaluate(
     except ModuleNotFoundError:
         raise ConfigError(f"--task lm_eval:{task} needs lm-evaluation-harness, which is not installed: {INSTALL}") from None
     if adapter is not None:
-        _readable(adapter)
+        require_readable(adapter)
     arguments: dict[str, Any] = {"pretrained": models.base_of(model), "dtype": model.dtype}
     if adapter is not None:
         arguments["peft"] = str(adapter)
@@ -40,7 +40,7 @@ def evaluate(
     }
 
 
-def _readable(adapter: Path) -> None:
+def require_readable(adapter: Path) -> None:
     """Refuse what the harness would score wrongly without a word: it finds a text's logits by their place from the front."""
     kind = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
     if kind in ("P_TUNING", "PROMPT_TUNING"):

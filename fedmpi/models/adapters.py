@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedmpi.errors import ModelError
 from fedmpi.models import PeftConfig
 from fedmpi.models.folding import fold_in, names_of_changes
-from fedmpi.models.methods import describe, initialise
+from fedmpi.models.methods import describe, initialise, require_place
 from fedmpi.tensors import Tensors, save_file
 
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft 0.21 asks transformers 5.23 by an old name
@@ -36,8 +36,13 @@ def add_adapter(
     """
     if peft.method == "none":
         return model.float().requires_grad_(True).eval()
-    with torch.random.fork_rng(devices=[]):  # peft draws numbers that are replaced below
-        adapted = get_peft_model(model, describe(model, peft))
+    require_place(model, peft.method)
+    try:
+        with torch.random.fork_rng(devices=[]):  # peft draws numbers that are replaced below
+            adapted = get_peft_model(model, describe(model, peft))
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{type(model).__name__} cannot take peft.method {peft.method}: {reason}") from None
     initialise(adapted, peft, seed, tokenizer)
     return adapted.eval()
 

@@ -3,6 +3,7 @@
 Where a method begins depends on the seed and on the names of its parameters, not on the order of modules or the device.
 """
 
+import inspect
 from itertools import cycle, islice
 from typing import Any
 
@@ -16,6 +17,15 @@ from fedmpi.models.targets import ALL_LINEAR, all_conv1d, find_targets
 from fedmpi.seeding import seed_for
 
 DEFAULT_RANGE = 0.02  # the spread of fresh embeddings where a model does not state its own
+
+
+def require_place(model: PreTrainedModel, method: str) -> None:
+    """Refuse a model without the place where a method puts its virtual tokens."""
+    place = {"prefix": "past_key_values", "ptuning": "inputs_embeds", "prompt": "inputs_embeds"}.get(method)
+    if place and place not in inspect.signature(type(model).forward).parameters:
+        raise ModelError(
+            f"{type(model).__name__} cannot take peft.method {method}: its forward has no {place}; take lora, or another model"
+        )
 
 
 def describe(model: PreTrainedModel, wanted: PeftConfig) -> peft.PeftConfig:
@@ -109,5 +119,8 @@ def _inputs(model: peft.PeftModel, name: str, values: torch.Tensor) -> int:
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The text as the tokenizer reads a prompt, its first token included; repeated or cut where the number of tokens differs."""
-    return list(tokenizer(text)["input_ids"])
+    """The text as the tokenizer reads a prompt, its first token included."""
+    ids = list(tokenizer(text)["input_ids"])
+    if not ids:
+        raise ModelError(f"peft.init_text {text!r} has no token for this model's tokenizer: give another text")
+    return ids

@@ -10,6 +10,7 @@ from fedmpi import models
 from fedmpi.data.batching import collate
 from fedmpi.data.prompts import IGNORED, Example
 from fedmpi.errors import ConfigError, ModelError
+from fedmpi.evaluation import harness
 from fedmpi.evaluation.loss import inference
 from fedmpi.models import PeftConfig
 from fedmpi.models.logits import supervised_logits
@@ -167,6 +168,8 @@ def test_text_becomes_the_first_prompt_repeated_or_cut():
         assert torch.equal(prompt, table[ids])
     with pytest.raises(ModelError, match="tokenizer"):
         models.add_adapter(llama(), settings, 0)
+    with pytest.raises(ModelError, match="no token"):
+        models.add_adapter(llama(), settings, 0, lambda text: {"input_ids": []})
 
 
 def test_virtual_tokens_begin_as_wide_as_the_models_embeddings_or_as_peft_draws_them():
@@ -213,3 +216,17 @@ def test_a_whole_model_does_not_fit_another(tmp_path):
         models.adapted(llama(layers=3), tmp_path)
     with pytest.raises(ModelError, match=r"embed_tokens.weight is \(50, 32\)"):
         models.adapted(llama(vocab=60), tmp_path)
+
+
+def test_a_model_without_a_cache_of_keys_takes_no_prefix():
+    config = transformers.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ModelError, match="MambaForCausalLM cannot take peft.method prefix: its forward has no past_key_values"):
+        models.add_adapter(transformers.MambaForCausalLM(config), PeftConfig(method="prefix"), 0)
+
+
+@pytest.mark.parametrize(("name", "words"), [("prompt", "do not know the virtual tokens"), ("none", "holds a whole model")])
+def test_the_harness_is_not_asked_what_it_would_score_wrongly(name, words, tmp_path):
+    model = adapted(name)
+    models.save_adapter(model, models.trainable(model), tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        harness.require_readable(tmp_path)
