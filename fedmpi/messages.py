@@ -1,4 +1,11 @@
-"""What goes over a link: a 64-byte header, then raw tensor bytes in checksummed chunks, as an agreed manifest has them.
+"""What goes over a link: a 64-byte header, perhaps a note, then tensor bytes in checksummed chunks, as an agreed manifest has them.
+
+A payload is a sequence of chunks, each of a fixed number of bytes of the tensors' elements one after the other (`Manifest.places`),
+but for the last. Whatever can be sliced can be sent: chunk by chunk, `payload[place]` gives the bytes that stand for the elements
+of that place, is asked once however many peers there are, and only when the first of them comes to it. Raw bytes stand for
+themselves: a slice of memory, or of tensors that are put together on the way (`Packed`). A codec's payload gives what it encodes
+them to, at most as many bytes as its chain says; the place is that of the elements, the length stands in the chunk's frame. On the
+other side the bytes of a place come with where it begins, and are decoded to flat elements there (`Manifest.cut`).
 
 Nothing here is ever pickled, and nothing that came from outside is believed before it was checked: every malformed
 input is a ProtocolError that says what was expected and what was found, raised before memory is set aside for it. This
@@ -8,11 +15,13 @@ module must never know who is at the other end, over what the bytes go, or what 
 import json
 import math
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 from itertools import groupby
+from typing import Protocol
 
 import torch
 import xxhash
@@ -21,16 +30,17 @@ from fedmpi.errors import ProtocolError
 from fedmpi.tensors import Tensors
 
 MAGIC = b"FMPI"
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 64
 FRAME_BYTES = 16
 CHUNK_BYTES = 4 << 20
 MAX_CHUNK_BYTES = 1 << 28  # what Open MPI surely carries in one message, and far above what helps
 MAX_PAYLOAD_BYTES = 1 << 46
 MAX_MANIFEST_BYTES = 16 << 20
+MAX_NOTE_BYTES = 1 << 20
 MAX_DIMENSIONS = 8
 
-_HEADER = struct.Struct("<4sHHiiQQII16x")
+_HEADER = struct.Struct("<4sHHiiQQIII12x")
 _CHECKSUM = struct.Struct("<Q")
 _FRAME = struct.Struct("<IIQ")
 _DTYPES = {
@@ -56,7 +66,6 @@ class Kind(IntEnum):
     BYE = 9
     ABORT = 10
     MANIFEST = 11
-    REPORT = 12
     FAREWELL = 13
     QUESTION = 14
     ANSWER = 15
@@ -65,7 +74,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Header:
-    """The fixed-size announcement of a message. `chunk_bytes` is filled in by the link that sends it."""
+    """The fixed-size announcement of a message. The link that sends it fills in `length`, `note` and `chunk_bytes`."""
 
     kind: Kind
     round: int = -1
@@ -74,10 +83,11 @@ class Header:
     manifest: int = 0
     flags: int = 0
     chunk_bytes: int = CHUNK_BYTES
+    note: int = 0  # bytes of the note that comes before the payload
 
     def pack(self) -> bytes:
         """The 64 bytes that go over the wire."""
-        numbers = (self.round, self.client, self.length, self.manifest, self.flags, self.chunk_bytes)
+        numbers = (self.round, self.client, self.length, self.manifest, self.flags, self.chunk_bytes, self.note)
         body = _HEADER.pack(MAGIC, VERSION, self.kind, *numbers)
         return body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body))
 
@@ -101,6 +111,8 @@ class Header:
 def _plausible(header: Header) -> Header:
     if not 0 < header.chunk_bytes <= MAX_CHUNK_BYTES:
         raise ProtocolError(f"expected chunks of 1 to {MAX_CHUNK_BYTES} bytes, the header says {header.chunk_bytes}")
+    if header.note > MAX_NOTE_BYTES:
+        raise ProtocolError(f"expected a note of at most {MAX_NOTE_BYTES} bytes, the header claims {header.note}")
     if header.length > MAX_PAYLOAD_BYTES:
         raise ProtocolError(f"expected at most {MAX_PAYLOAD_BYTES} payload bytes, the header claims {header.length}")
     return header
@@ -200,6 +212,31 @@ class Manifest:
             ends.append(ends[-1] + spec.num_bytes)
         return tuple((spec, slice(start, end)) for spec, start, end in zip(specs, ends, ends[1:], strict=False))
 
+    @cached_property
+    def runs(self) -> tuple[tuple[torch.dtype, slice, int], ...]:
+        """Neighbours of one dtype: their bytes, and how many elements come before them."""
+        found: list[tuple[torch.dtype, slice, int]] = []
+        before = 0
+        for dtype, run in groupby(self.places, key=lambda place: place[0].dtype):
+            places = [place for _, place in run]
+            found.append((_DTYPES[dtype], slice(places[0].start, places[-1].stop), before))
+            before += (places[-1].stop - places[0].start) // _DTYPES[dtype].itemsize
+        return tuple(found)
+
+    @cached_property
+    def like(self) -> Tensors:
+        """Names, shapes and dtypes in the order of the places, on the meta device."""
+        return {spec.name: torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], device="meta") for spec, _ in self.places}
+
+    def cut(self, chunk: torch.Tensor, start: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The elements whose bytes, from `start` on, are in `chunk`: flat by dtype, each with how many come before it."""
+        for dtype, place, before in self.runs:
+            low, high = max(start, place.start), min(start + chunk.numel(), place.stop)
+            if low < high:
+                if (low - place.start) % dtype.itemsize or (high - low) % dtype.itemsize:
+                    raise ProtocolError(f"expected chunks of whole elements, found bytes {low} to {high} of {dtype} values")
+                yield before + (low - place.start) // dtype.itemsize, chunk[low - start : high - start].view(dtype)
+
     def to_json(self) -> bytes:
         """Canonical JSON: equal manifests give equal bytes."""
         tree = [[group.name, [[s.name, list(s.shape), s.dtype] for s in group.tensors]] for group in self.groups]
@@ -267,28 +304,65 @@ def manifest_of(tensors: Mapping[str, torch.Tensor], group: str = "adapter") -> 
     return _checked(Manifest((Group(group, tuple(specs)),)))
 
 
-def pack(tensors: Mapping[str, torch.Tensor], manifest: Manifest, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Copy all tensors into one uint8 buffer on the CPU (`out`, where given, which must be long enough)."""
-    specs = {spec.name: spec for spec, _ in manifest.places}
-    if tensors.keys() != specs.keys():
-        odd = sorted(tensors.keys() ^ specs.keys())
-        raise ProtocolError(f"expected the manifest's {len(specs)} tensors, found {len(tensors)}; differing: {odd[:5]}")
-    buffer = _buffer(out, manifest.num_bytes)
-    views = unpack(buffer, manifest)
-    for name, tensor in tensors.items():
-        if (tensor.shape, tensor.dtype) != (views[name].shape, views[name].dtype):
-            found = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise ProtocolError(f"{name!r}: expected {specs[name].shape} {specs[name].dtype}, found {found}")
-        views[name].copy_(tensor.detach())
-    return buffer
+class Payload(Protocol):
+    """What can be sent, see above: a memoryview of bytes is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: slice, /) -> memoryview: ...
 
 
-def _buffer(out: torch.Tensor | None, num_bytes: int) -> torch.Tensor:
-    if out is None:
-        return torch.empty(num_bytes, dtype=torch.uint8)
-    if out.dtype != torch.uint8 or out.dim() != 1 or not out.is_contiguous() or out.numel() < num_bytes:
-        raise ProtocolError(f"expected a flat uint8 buffer of {num_bytes} bytes, found {out.dtype} {tuple(out.shape)}")
-    return out[:num_bytes]
+class Packed:
+    """The tensors' elements as the manifest has them, put together only where a slice is asked for; in place where they lie so."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
+        specs = {spec.name: spec for spec, _ in manifest.places}
+        if tensors.keys() != specs.keys():
+            odd = sorted(tensors.keys() ^ specs.keys())
+            raise ProtocolError(f"expected the manifest's {len(specs)} tensors, found {len(tensors)}; differing: {odd[:5]}")
+        for name, tensor in tensors.items():
+            if (tuple(tensor.shape), str(tensor.dtype)) != (specs[name].shape, f"torch.{specs[name].dtype}"):
+                found = f"{tuple(tensor.shape)} {tensor.dtype}"
+                raise ProtocolError(f"{name!r}: expected {specs[name].shape} {specs[name].dtype}, found {found}")
+        self._tensors, self._manifest = tensors, manifest
+        self._whole = _in_place(tensors, manifest)
+
+    def __len__(self) -> int:
+        return self._manifest.num_bytes
+
+    def __getitem__(self, place: slice) -> memoryview:
+        start, stop, _ = place.indices(len(self))
+        view: memoryview = self.buffer(start, stop).numpy().data
+        return view
+
+    def buffer(self, start: int, stop: int) -> torch.Tensor:
+        """The bytes of a slice, as a tensor."""
+        if self._whole is not None:
+            return self._whole[start:stop]
+        made = torch.empty(stop - start, dtype=torch.uint8)
+        places = self._manifest.places
+        for spec, there in places[bisect_right(places, start, key=lambda one: one[1].stop) :]:
+            if there.start >= stop:
+                break
+            low, high = max(start, there.start), min(stop, there.stop)
+            elements = self._tensors[spec.name].detach().reshape(-1).view(torch.uint8)
+            made[low - start : high - start].copy_(elements[low - there.start : high - there.start])
+        return made
+
+
+def _in_place(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> torch.Tensor | None:
+    """The bytes of tensors that lie just as the manifest has them, as those of a mean do; None where they are to be packed."""
+    if not manifest.num_bytes:
+        return torch.empty(0, dtype=torch.uint8)
+    first = tensors[manifest.places[0][0].name]
+    storage = first.untyped_storage()
+    for spec, place in manifest.places:
+        tensor = tensors[spec.name]
+        together = tensor.untyped_storage().data_ptr() == storage.data_ptr() and tensor.is_contiguous()
+        if not together or tensor.is_cuda or (tensor.numel() and tensor.data_ptr() != first.data_ptr() + place.start):
+            return None
+    start = first.storage_offset() * first.element_size()
+    return torch.empty(0, dtype=torch.uint8).set_(storage, start, (manifest.num_bytes,), (1,))
 
 
 def unpack(buffer: torch.Tensor, manifest: Manifest) -> Tensors:

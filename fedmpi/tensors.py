@@ -1,14 +1,28 @@
 """Named tensors: what an adapter is once it has left its model. Pure functions; they know nothing of models, clients or links."""
 
 import hashlib
+import mmap
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
 Tensors = dict[str, torch.Tensor]
+HUGE_BYTES = 32 << 20  # glibc's malloc keeps less than that for the next use
+
+
+def zeros(num: int, dtype: torch.dtype) -> torch.Tensor:
+    """So many zeros. Memory that the allocator would take from the system anew each time comes in huge pages, where there are any:
+    to touch pages of the usual size for the first time costs more than most of what is done with them."""
+    if num * dtype.itemsize < HUGE_BYTES:
+        return torch.zeros(num, dtype=dtype)
+    memory = mmap.mmap(-1, num * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -16,20 +16,17 @@ mean. This module must never know who sent what, or over what it came.
 
 import itertools
 import math
-import mmap
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
 
 from fedmpi.errors import NonFinite, TrainingError
-from fedmpi.tensors import Tensors, same_names
+from fedmpi.tensors import Tensors, same_names, zeros
 
 _LIMIT = 2.0**53
 _BLOCK = 1 << 16  # elements; a block, its sums and its source stay in the second-level cache together
-_HUGE_BYTES = 4 << 20  # from here on the sums lie in huge pages, where the system has them
 
 
 class Weighted(Protocol):
@@ -71,7 +68,7 @@ def exact_mean(updates: Iterable[Weighted] | Streamed, scale: int) -> Tensors:
     sums: _Sums | None = None
     for piece in updates.pieces() if isinstance(updates, Streamed) else _pieces(updates):
         if sums is None:
-            sums = _Sums(piece.like, scale, _zeros(sum(tensor.numel() for tensor in piece.like.values())))
+            sums = _Sums(piece.like, scale, zeros(sum(tensor.numel() for tensor in piece.like.values()), torch.float64))
         sums.add(piece)
     if sums is None or not sum(sums.weights.values()):
         raise TrainingError("the exact mean needs at least one update with a positive weight, found none")
@@ -143,16 +140,6 @@ def _adjacent(left: torch.Tensor, right: torch.Tensor) -> bool:
     )
 
 
-def _zeros(num: int) -> torch.Tensor:
-    """So many float64 zeros. With pages of the usual size, touching them first would cost as much as adding two updates."""
-    if 8 * num < _HUGE_BYTES:
-        return torch.zeros(num, dtype=torch.float64)
-    memory = mmap.mmap(-1, 8 * num, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float64)
-
-
 def _same_shapes(like: Tensors, tensors: Tensors) -> None:
     same_names(like, tensors)
     for name, tensor in tensors.items():
@@ -209,7 +196,7 @@ class _Sums:
         for dtype, same in itertools.groupby(self.like.items(), key=lambda item: item[1].dtype):
             tensors = dict(same)
             sizes = [tensor.numel() for tensor in tensors.values()]
-            quotient = torch.empty(sum(sizes), dtype=dtype)
+            quotient = zeros(sum(sizes), dtype)
             for part, sum_ in zip(
                 torch.split(quotient, _BLOCK), torch.split(self.values[start : start + len(quotient)], _BLOCK), strict=True
             ):

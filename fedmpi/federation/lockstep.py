@@ -6,15 +6,15 @@ clients at once. This module must never know what is trained, or how.
 
 import json
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fedmpi import training
-from fedmpi.errors import Aborted, FedmpiError, LinkError, ProtocolError, TrainingError, WorldError
+from fedmpi.errors import Aborted, FedmpiError, LinkError, ProtocolError, WorldError
 from fedmpi.federation import scores
+from fedmpi.federation.arrivals import Arrivals, Tally
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.ground import Ground, Levelling
 from fedmpi.federation.owned import Owned
@@ -91,20 +91,24 @@ class Federation:
         clients: Mapping[int, C],
         work: Callable[[C], Update],
         check: Callable[[Update], None] | None = None,
-    ) -> Iterator[Update]:
-        """Run `work` for each client of the cohort that lives here; on the server, yield the updates of all in arrival order.
+    ) -> Iterable[Update]:
+        """Run `work` for each client of the cohort that lives here; on the server, give the updates of all in arrival order, once.
 
-        The server's `check` sees each update before anybody else does: one that it raises a TrainingError at is a Failure.
+        The server's `check` sees each update before anybody else does: one that it raises a TrainingError at is a Failure. Without
+        one, the exact mean takes the updates from the links in pieces; who iterates gets them whole.
         """
         outcomes = (self._attempt(rnd, clients[client], work) for client in self._hosted_in(rnd))
-        if self.post is None:
-            return self._judged(rnd, outcomes, check)
         if self.conductor is not None:
-            return self._judged(rnd, self._arrivals(rnd, self.post), check)
+            tally = Tally(rnd, self.conductor, self.outcome, self.ledger, check)
+            if self.post is None:
+                return tally.judged(outcomes)
+            arrivals = Arrivals(self.post, self.placement, tally)
+            return arrivals if check is None else iter(arrivals)
+        assert self.post is not None
         for outcome in outcomes:  # now, not lazily: a client rank never reads what it gathered
             if self.leads:
                 self._hand_in(rnd, outcome, self.post)
-        return iter(())
+        return ()
 
     @property
     def seat(self) -> tuple[int, ...]:
@@ -206,12 +210,17 @@ class Federation:
         if self._inner is not None:
             self._inner.leave()
         if self.rank != SERVER:
-            self.post.send_json(SERVER, Kind.FAREWELL, {"received_bytes": transport.received[SERVER].payload_bytes})
+            counted = {"received": transport.received[SERVER].payload_bytes, "sent": transport.sent[SERVER].payload_bytes}
+            self.post.send_json(SERVER, Kind.FAREWELL, counted)
             return
-        for peer, theirs in self.post.from_each(Kind.FAREWELL, "closing the ledger"):
-            if theirs["received_bytes"] != (sent := transport.sent[peer].payload_bytes):
+        for peer in transport.peers:
+            message = self.post.expect(peer, Kind.FAREWELL, -1, "closing the ledger")
+            sent, received = transport.sent[peer].payload_bytes, transport.received[peer].payload_bytes - message.header.length
+            theirs = self.post.json(message)
+            if (theirs["received"], theirs["sent"]) != (sent, received):
                 raise LinkError(
-                    f"ledger: the server sent {sent} payload bytes to rank {peer}, which received {theirs['received_bytes']}"
+                    f"ledger: the server sent {sent} payload bytes to rank {peer} and received {received}, "
+                    f"which received {theirs['received']} and sent {theirs['sent']}"
                 )
 
     def close_books(self) -> dict[str, int]:
@@ -293,8 +302,7 @@ class Federation:
             post.send_json(SERVER, Kind.FAILURE, said, rnd.index, outcome.client)
             return
         note = {"metrics": outcome.metrics, "owned": outcome.owned_sha256}
-        post.send_json(SERVER, Kind.REPORT, note, rnd.index, outcome.client)
-        post.send_tensors((SERVER,), Kind.UPDATE, outcome.tensors, rnd.index, outcome.client)
+        post.send_tensors((SERVER,), Kind.UPDATE, outcome.tensors, rnd.index, outcome.client, note)
 
     # ---- the server's side ----------------------------------------------------------------------------------------------------
 
@@ -311,63 +319,3 @@ class Federation:
         for leader in first:  # members wait on their own link until it is time to turn to their leader
             self.post.send_bytes(self.placement.seat_of(leader)[1:], Kind.BROADCAST, b"", rnd.index)
         return decoded
-
-    def _judged(self, rnd: Round, outcomes: Iterator[Update | Failure], check: Callable[[Update], None] | None) -> Iterator[Update]:
-        """Updates with their weights; failures go to the record; the end of the updates is the verdict."""
-        assert self.conductor is not None
-        for outcome in outcomes:
-            if isinstance(outcome, Update):
-                self.ledger.up[outcome.client] += num_bytes(outcome.tensors)
-                outcome = _passed(outcome, check)
-            if isinstance(outcome, Failure):
-                self.outcome.failures[outcome.client] = outcome
-                continue
-            weight = self.conductor.weight(outcome.client, outcome.metrics.get("examples", 0.0))
-            update = replace(outcome, weight=weight)
-            self.outcome.note(update)
-            yield update
-        self.conductor.judge(rnd, self.outcome.counted, {c: str(f) for c, f in self.outcome.failures.items()})
-
-    def _arrivals(self, rnd: Round, post: Post) -> Iterator[Update | Failure]:
-        """Updates and failures as they come, until every client of the cohort has answered."""
-        missing = set(rnd.cohort)
-        notes: dict[int, dict[str, Any]] = {}
-        while missing:
-            began = time.monotonic()
-            leaders = {self.placement.leader_of[client] for client in missing}
-            message = post.receive(leaders, f"waiting in round {rnd.index} for clients {sorted(missing)}")
-            self.outcome.wait_s += time.monotonic() - began
-            self._belongs(message, rnd, missing)
-            client = message.header.client
-            if message.header.kind is Kind.REPORT:
-                notes[client] = post.json(message)
-                continue
-            missing.discard(client)
-            if message.header.kind is Kind.FAILURE:
-                yield Failure(client, **{key: str(value) for key, value in post.json(message).items()})
-                continue
-            note = notes.pop(client)
-            yield Update(client, post.tensors(message), note["metrics"], owned_sha256=note["owned"])
-            message.release()  # the consumer has asked for the next one: it is done with this
-
-    def _belongs(self, message: Message, rnd: Round, missing: set[int]) -> None:
-        """Identity comes from the link: a rank speaks for the clients that were placed on it, in this round, once."""
-        header = message.header
-        if header.kind not in (Kind.REPORT, Kind.UPDATE, Kind.FAILURE) or header.round != rnd.index:
-            raise ProtocolError(
-                f"rank {message.peer} sent {header.kind.name} of round {header.round}, expected updates of round {rnd.index}"
-            )
-        if header.client not in missing or self.placement.leader_of[header.client] != message.peer:
-            raise ProtocolError(
-                f"rank {message.peer} speaks for client {header.client}; missing in round {rnd.index}: {sorted(missing)}"
-            )
-
-
-def _passed(update: Update, check: Callable[[Update], None] | None) -> Update | Failure:
-    """The update, or why it is none."""
-    try:
-        if check is not None:
-            check(update)
-    except TrainingError as error:
-        return Failure(update.client, type(error).__name__, str(error))
-    return update

@@ -1,6 +1,7 @@
-"""The post: JSON and named tensors as messages over a transport; tensors go as one buffer under a manifest that both sides know.
+"""The post: JSON and named tensors as messages over a transport; tensors go as one payload under a manifest that both sides know.
 
-It knows links and messages; never rounds' meaning, clients' work or what is trained.
+What a receiver does with tensors decides how it takes them: `tensors` and `keep` want a whole message, `pieces` a part of one
+as well. It knows links and messages; never rounds' meaning, clients' work or what is trained.
 """
 
 import json
@@ -12,7 +13,7 @@ import torch
 
 from fedmpi import messages
 from fedmpi.errors import ProtocolError
-from fedmpi.messages import Header, Kind, Manifest
+from fedmpi.messages import Header, Kind, Manifest, Packed, Payload
 from fedmpi.tensors import Tensors
 from fedmpi.transports.base import Transport
 from fedmpi.transports.inbox import Message
@@ -25,8 +26,10 @@ class Post:
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
+        transport.in_chunks = frozenset({Kind.UPDATE})
         self._manifests: dict[int, Manifest] = {}
         self._told: set[tuple[int, int]] = set()  # (peer, hash) that this rank has announced
+        self._last: tuple[tuple[object, ...], Manifest] | None = None
 
     def receive(self, peers: Collection[int], phase: str) -> Message:
         """The next message of any of these peers, manifests aside: those are learnt on the way."""
@@ -58,27 +61,52 @@ class Post:
         """One small object."""
         self.send_bytes((peer,), kind, json.dumps(value).encode(), round_index, client)
 
-    def send_tensors(self, peers: Collection[int], kind: Kind, tensors: Tensors, round_index: int, client: int = -1) -> Tensors:
-        """One contiguous buffer to each of these peers; gives back what they will decode."""
-        manifest = messages.manifest_of(tensors)
+    def send_tensors(
+        self,
+        peers: Collection[int],
+        kind: Kind,
+        tensors: Tensors,
+        round_index: int,
+        client: int = -1,
+        note: Mapping[str, Any] | None = None,
+    ) -> Tensors:
+        """Tensors, and one small object before them, to each of these peers; gives back what they will decode.
+
+        Chunks are put together and checksummed once, on the way.
+        """
+        manifest = self._manifest(tensors)
         for peer in peers:
             self._announce(peer, manifest)
-        body, decoded = _in_place(tensors, manifest), tensors
-        if body is None:
-            body = messages.pack(tensors, manifest)
-            decoded = messages.unpack(body, manifest)
         header = Header(kind, round_index, client, manifest.num_bytes, manifest.hash)
-        self._send(peers, header, body.numpy().data)
-        return decoded
+        said = b"" if note is None else json.dumps(note).encode()
+        self._send(peers, header, Packed(tensors, manifest), said)
+        return tensors  # raw bytes are decoded to what they were
+
+    def _manifest(self, tensors: Tensors) -> Manifest:
+        """That of the tensors sent last, where these are alike: making one takes longer than sending a small adapter."""
+        layout = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
+        if self._last is None or self._last[0] != layout:
+            self._last = (layout, messages.manifest_of(tensors))
+        return self._last[1]
 
     def keep(self, message: Message) -> Tensors:
-        """The tensors of a message in memory of their own."""
-        if message.payload is not None:
-            message.payload = message.payload.clone()
+        """The tensors of a message, in memory that is the caller's from now on."""
+        message.keep()
         return self.tensors(message)
 
     def tensors(self, message: Message) -> Tensors:
         """The tensors of a message, as views of its buffer: they live until the message is released."""
+        body = message.payload if message.payload is not None else torch.empty(0, dtype=torch.uint8)
+        return messages.unpack(body, self.manifest(message))
+
+    def pieces(self, message: Message) -> Iterator[tuple[int, torch.Tensor]]:
+        """The elements of a message, or of a part of one, as flat views of its buffer, each with how many come before it."""
+        manifest = self.manifest(message)
+        if message.payload is not None:
+            yield from manifest.cut(message.payload, message.first)
+
+    def manifest(self, message: Message) -> Manifest:
+        """What the message says that it is sent under."""
         header = message.header
         manifest = self._manifests.get(header.manifest)
         if manifest is None:
@@ -87,19 +115,24 @@ class Post:
             )
         if manifest.num_bytes != header.length:
             raise ProtocolError(f"rank {message.peer} sent {header.length} bytes, its manifest says {manifest.num_bytes}")
-        body = message.payload if message.payload is not None else torch.empty(0, dtype=torch.uint8)
-        return messages.unpack(body, manifest)
+        return manifest
 
     def json(self, message: Message) -> dict[str, Any]:
-        """The object of a message."""
-        said = content(message)
+        """The object that is a message."""
+        return self._object(message, content(message))
+
+    def note(self, message: Message) -> dict[str, Any]:
+        """The object that came before the payload of a message."""
+        return self._object(message, message.note)
+
+    def _object(self, message: Message, said: bytes) -> dict[str, Any]:
         try:
             value = json.loads(said) if len(said) <= MOST_JSON_BYTES else None
         except ValueError:
             value = None
         if not isinstance(value, dict):
             raise ProtocolError(
-                f"rank {message.peer} sent {message.header.kind.name} that is no JSON object of at most {MOST_JSON_BYTES} bytes"
+                f"rank {message.peer} sent {message.header.kind.name} without a JSON object of at most {MOST_JSON_BYTES} bytes"
             )
         return value
 
@@ -118,11 +151,11 @@ class Post:
         traffic = (*self.transport.sent.values(), *self.transport.received.values())
         return sum(way.payload_bytes + way.header_bytes for way in traffic)
 
-    def _send(self, peers: Collection[int], header: Header, payload: memoryview) -> None:
+    def _send(self, peers: Collection[int], header: Header, payload: Payload, note: bytes = b"") -> None:
         if not peers:
             return
         with self._apart():
-            for error in self.transport.send_all(peers, header, payload).values():
+            for error in self.transport.send_all(peers, header, payload, note).values():
                 raise error
 
     @contextmanager
@@ -149,21 +182,6 @@ class Post:
             raise ProtocolError(f"rank {message.peer} announced manifest {message.header.manifest:x} and sent {manifest.hash:x}")
         self._manifests[manifest.hash] = manifest
         self._told.add((message.peer, manifest.hash))
-
-
-def _in_place(tensors: Tensors, manifest: Manifest) -> torch.Tensor | None:
-    """The bytes of tensors that lie just as the manifest has them, as those of a mean do; None where they are to be packed."""
-    if not manifest.num_bytes:
-        return None
-    first = tensors[manifest.places[0][0].name]
-    storage = first.untyped_storage()
-    for spec, place in manifest.places:
-        tensor = tensors[spec.name]
-        together = tensor.untyped_storage().data_ptr() == storage.data_ptr() and tensor.is_contiguous()
-        if not together or tensor.is_cuda or (tensor.numel() and tensor.data_ptr() != first.data_ptr() + place.start):
-            return None
-    start = first.storage_offset() * first.element_size()
-    return torch.empty(0, dtype=torch.uint8).set_(storage, start, (manifest.num_bytes,), (1,))
 
 
 def content(message: Message) -> bytes:

@@ -19,7 +19,7 @@ import torch.distributed.nn.functional
 from torch import distributed as dist
 
 from fedmpi.errors import PeerLost, WorldError
-from fedmpi.messages import Manifest, manifest_of, pack, unpack
+from fedmpi.messages import Manifest, Packed, manifest_of, unpack
 from fedmpi.tensors import Tensors
 
 
@@ -93,7 +93,8 @@ class InnerWorld:
         manifest = manifest_of(tensors, group="inner") if tensors is not None else None
         text = self.share_bytes(manifest.to_json() if manifest is not None else None)
         agreed = manifest or Manifest.from_json(text)
-        buffer = pack(tensors, agreed) if tensors is not None else torch.empty(agreed.num_bytes, dtype=torch.uint8)
+        num = agreed.num_bytes
+        buffer = torch.empty(num, dtype=torch.uint8) if tensors is None else Packed(tensors, agreed).buffer(0, num)
         self._broadcast(buffer)
         return unpack(buffer, agreed)
 

@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 
 from fedmpi.errors import Aborted, LinkError, PeerLost, PeerSilent
-from fedmpi.messages import CHUNK_BYTES, Header, Kind
+from fedmpi.messages import CHUNK_BYTES, Header, Kind, Payload
 from fedmpi.transports.inbox import Inbox, Message
 from fedmpi.transports.link import Link, Outgoing, Traffic, Wire, is_small
 
@@ -39,6 +39,7 @@ class Transport:
     ) -> None:
         self.rank, self.size, self.peers, self.timeout_s = rank, size, tuple(sorted(wires)), timeout_s
         self.limit_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # more could not be held anyway
+        self.in_chunks: frozenset[Kind] = frozenset()  # of these kinds, large payloads are received chunk by chunk
         self.turn = nullcontext() if turn is None else turn
         self.sent, self.received = ({peer: Traffic() for peer in self.peers} for _ in range(2))
         self.failures: dict[int, LinkError] = {}
@@ -62,14 +63,18 @@ class Transport:
 
     # what the program calls
 
-    def send(self, peer: int, header: Header, payload: memoryview | None = None) -> None:
+    def send(self, peer: int, header: Header, payload: Payload | None = None, note: bytes = b"") -> None:
         """Send one message; returns when the payload may be overwritten."""
-        self._deliver(peer, Outgoing(header, payload, self._chunk_bytes))
+        self._deliver(peer, Outgoing(header, payload, self._chunk_bytes, note))
 
-    def send_all(self, peers: Collection[int], header: Header, payload: memoryview | None = None) -> dict[int, LinkError]:
+    def send_all(
+        self, peers: Collection[int], header: Header, payload: Payload | None = None, note: bytes = b""
+    ) -> dict[int, LinkError]:
         """Send one message to several peers at once; a slow or lost one holds up nobody. Gives failures by peer."""
-        message = Outgoing(header, payload, self._chunk_bytes)
-        if is_small(message.header):  # it fits into any peer's buffers: handing it to other threads would cost more than it
+        message = Outgoing(header, payload, self._chunk_bytes, note, len(peers))
+        if len(peers) == 1 or is_small(
+            message.header
+        ):  # a small one fits into any peer's buffers: other threads would cost more than it
             failed = {peer: error for peer in peers if (error := self._try(peer, message)) is not None}
         else:
             sending = {peer: self._senders.submit(self._try, peer, message) for peer in peers}
@@ -78,7 +83,10 @@ class Transport:
         return failed
 
     def receive(self, peers: Collection[int] | None = None, phase: str = "receive") -> Message:
-        """The next message, in arrival order, of any of these peers (default: all). Waits while all of them live."""
+        """The next message, or part of one, in arrival order, of any of these peers (default: all). Waits while all of them live.
+
+        The parts of one message come in their order, those of several peers in turn. A link that breaks inside a message raises.
+        """
         wanted = frozenset(self.peers if peers is None else peers)
         if not wanted:
             raise LinkError(f"{phase}: rank {self.rank} of {self.size} has nobody to receive from")
@@ -157,16 +165,17 @@ class Transport:
 
     # what the links call, each from threads of its own
 
-    def take(self, link: Link, num_bytes: int) -> torch.Tensor | None:
-        """A buffer for a large payload, or None when nobody will want it."""
-        return self._inbox.take(link.peer, num_bytes, lambda: link.closed or self._closing or self._aborted is not None)
+    def take(self, link: Link, num_bytes: int, num_buffers: int) -> torch.Tensor | None:
+        """One of so many buffers for a large payload, or None when nobody will want it."""
+        unwanted = lambda: link.closed or self._closing or self._aborted is not None  # noqa: E731
+        return self._inbox.take(link.peer, num_bytes, num_buffers, unwanted)
 
     def spoil(self, link: Link) -> None:
         """The payload on its way will not come."""
         self._inbox.spoil(link.peer)
 
-    def arrived(self, link: Link, header: Header, payload: torch.Tensor | None) -> None:
-        """Sort a whole message: control is dealt with at once, the rest goes to the inbox."""
+    def arrived(self, link: Link, header: Header, payload: torch.Tensor | None, note: bytes, first: int) -> None:
+        """Sort a message, or a part of one: control is dealt with at once, the rest goes to the inbox."""
         if header.kind == Kind.HEARTBEAT:
             return
         with self._state:
@@ -177,7 +186,7 @@ class Transport:
                 text = b"" if payload is None else payload.numpy().tobytes()
                 self._spread(text.decode(errors="replace"), link)
             elif header.kind != Kind.BYE and not link.closed:
-                self._inbox.put(link.peer, header, payload)
+                self._inbox.put(Message(link.peer, header, payload, note, first))
             self._state.notify_all()
 
     def lost(self, link: Link, error: LinkError) -> None:

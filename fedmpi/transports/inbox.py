@@ -1,8 +1,8 @@
-"""What has come and was not yet asked for, and the few buffers that large payloads may lie in.
+"""What has come and was not yet asked for, and the few buffers that large payloads, or chunks of them, may lie in.
 
-Receiver threads take a buffer before they read a large payload. With a fixed number of buffers a server's memory does
-not grow with its clients; the others simply are not read from until it is their turn. This module must never know
-links or wires.
+Receiver threads take a buffer before they read a large payload or the next chunk of one. With a fixed number of buffers a
+server's memory does not grow with its clients; the others simply are not read from until it is their turn. This module
+must never know links or wires.
 """
 
 import threading
@@ -13,24 +13,40 @@ from dataclasses import dataclass, field
 import torch
 
 from fedmpi.messages import Header
-
-NUM_BUFFERS = 2  # one is filled while the other is used; fresh pages for each message would cost more than receiving it
+from fedmpi.tensors import zeros
 
 
 @dataclass
 class Message:
-    """A message that came. Its payload may lie in a re-used buffer: `release` it when nothing looks at it any more."""
+    """A message that came, or a part of one: the bytes of its payload from `first` on; the note comes with the first part.
+
+    The payload may lie in a re-used buffer: `release` it when nothing looks at it any more, or `keep` it for good.
+    """
 
     peer: int
     header: Header
     payload: torch.Tensor | None
-    _give: Callable[[], None] | None = field(default=None, repr=False)
+    note: bytes = b""
+    first: int = 0
+    _give: Callable[[bool], None] | None = field(default=None, repr=False)
+
+    @property
+    def last(self) -> bool:
+        """Whether the payload ends here."""
+        return self.first + (0 if self.payload is None else self.payload.numel()) >= self.header.length
 
     def release(self) -> None:
         """Hand the payload's buffer back. May be called twice."""
         give, self._give, self.payload = self._give, None, None
         if give is not None:
-            give()
+            give(True)
+
+    def keep(self) -> torch.Tensor | None:
+        """The payload; its buffer belongs to the caller from now on."""
+        give, self._give = self._give, None
+        if give is not None:
+            give(False)
+        return self.payload
 
 
 class Inbox:
@@ -42,24 +58,24 @@ class Inbox:
         self._awaited: list[frozenset[int]] = []
         self._filling: dict[int, torch.Tensor] = {}  # by the peer whose message is on its way into the buffer
         self._free: list[torch.Tensor] = []
-        self._in_use = 0
+        self._in_use = self._most_free = 0
 
-    def take(self, peer: int, num_bytes: int, unwanted: Callable[[], bool]) -> torch.Tensor | None:
-        """Wait for a buffer for a message from `peer`; None as soon as the message is unwanted."""
+    def take(self, peer: int, num_bytes: int, num_buffers: int, unwanted: Callable[[], bool]) -> torch.Tensor | None:
+        """Wait for one of so many buffers for what comes from `peer`; None as soon as that is unwanted."""
         with self._state:
-            self._state.wait_for(lambda: unwanted() or self._may_take(peer))
+            self._state.wait_for(lambda: unwanted() or self._may_take(peer, num_buffers))
             if unwanted():
                 return None
-            self._in_use += 1
+            self._in_use, self._most_free = self._in_use + 1, num_buffers
             self._filling[peer] = self._buffer(num_bytes)
             return self._filling[peer]
 
-    def _may_take(self, peer: int) -> bool:
+    def _may_take(self, peer: int, num_buffers: int) -> bool:
         """Past the limit, only what somebody waits for, when nothing else of what he waits for is there or on its way.
 
         Without that exception, buffers full of messages that nobody asks for yet would stop the one that is asked for.
         """
-        if self._in_use < NUM_BUFFERS:
+        if self._in_use < num_buffers:
             return True
         there = self._filling.keys() | {message.peer for message in self._messages}
         return any(peer in wanted and wanted.isdisjoint(there) for wanted in self._awaited)
@@ -70,13 +86,13 @@ class Inbox:
                 return self._free.pop(index)
         if self._free:
             self._free.pop(0)  # too short for what is sent now
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        return zeros(num_bytes, torch.uint8)
 
-    def give(self, buffer: torch.Tensor) -> None:
-        """Take a buffer back; more than the usual number are not kept."""
+    def give(self, buffer: torch.Tensor, back: bool) -> None:
+        """A buffer is not in use any more: it is to be used again, or belongs to somebody else."""
         with self._state:
             self._in_use -= 1
-            if len(self._free) < NUM_BUFFERS:
+            if back and len(self._free) < self._most_free:
                 self._free.append(buffer)
             self._state.notify_all()
 
@@ -87,12 +103,13 @@ class Inbox:
                 self._in_use -= 1  # the buffer is not used again: the wire's library may still write into it
                 self._state.notify_all()
 
-    def put(self, peer: int, header: Header, payload: torch.Tensor | None) -> None:
-        """A whole message has come."""
+    def put(self, message: Message) -> None:
+        """A whole message has come, or a part of one."""
         with self._state:
-            buffer = self._filling.pop(peer, None)
-            release = None if buffer is None else lambda: self.give(buffer)
-            self._messages.append(Message(peer, header, payload, release))
+            buffer = self._filling.pop(message.peer, None)
+            if buffer is not None:
+                message._give = lambda back: self.give(buffer, back)
+            self._messages.append(message)
             self._state.notify_all()
 
     def next(self, wanted: frozenset[int], otherwise: Callable[[], None]) -> Message:

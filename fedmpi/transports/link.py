@@ -1,7 +1,14 @@
 """One link to one peer: messages framed over a wire, a thread that receives them, and a pulse that shows we are alive.
 
-A wire moves bytes and nothing else, so everything that is the same on all transports lives here and in `base`. This
-module must never know which transport it serves, nor what a payload means.
+A wire moves bytes and nothing else, so everything that is the same on all transports lives here and in `base`. On the wire
+stand a header; where note and payload are small together, one piece of both; else the note in a piece, and the payload in
+chunks. Each piece comes behind a frame with its length, its number and its checksum.
+
+Chunks may be handed on one by one, so that what is done with them goes on beside receiving and nobody holds a whole payload.
+Both sides know every length in advance, since a frame and its chunk are read at once; a codec whose chunks have lengths of
+their own reads the frame first, bounded by what its chain can make of a chunk.
+
+This module must never know which transport it serves, nor what a payload means.
 """
 
 import queue
@@ -14,11 +21,14 @@ from typing import Protocol
 import torch
 
 from fedmpi.errors import LinkError, PeerLost, ProtocolError
-from fedmpi.messages import FRAME_BYTES, HEADER_BYTES, Header, Kind, check_frame, chunks, frame
+from fedmpi.messages import FRAME_BYTES, HEADER_BYTES, Header, Kind, Payload, check_frame, chunks, frame
 
+NUM_BUFFERS = 2  # for whole payloads: one is filled while the other is used
+NUM_CHUNKS = 16  # for payloads that are handed on chunk by chunk: a server's memory does not grow with its clients
 SMALL_BYTES = 64 << 10  # payloads up to this travel in one piece with their frame, and need no permit
 CONTROL = frozenset({Kind.HEARTBEAT, Kind.STOP_WANTED, Kind.BYE, Kind.ABORT})
 LAST_WORDS = frozenset({Kind.BYE, Kind.ABORT})
+NOTE = 0xFFFFFFFF  # the number of a note that is a piece of its own
 MAX_ABORT_BYTES = 4096
 
 
@@ -46,41 +56,50 @@ class Traffic:
 
     def count(self, header: Header) -> None:
         """Add one message."""
-        num_chunks = -(-header.length // header.chunk_bytes)
+        num_pieces = 1 if is_small(header) else bool(header.note) - (-header.length // header.chunk_bytes)
+        around = HEADER_BYTES + header.note + (num_pieces * FRAME_BYTES if header.note + header.length else 0)
         if header.kind in CONTROL:
-            self.control_bytes += HEADER_BYTES + num_chunks * FRAME_BYTES + header.length
+            self.control_bytes += around + header.length
         else:
             self.messages += 1
             self.payload_bytes += header.length
-            self.header_bytes += HEADER_BYTES + num_chunks * FRAME_BYTES
+            self.header_bytes += around
 
 
 class Outgoing:
-    """A message to one or several peers. Each chunk is checksummed once, when the first of them comes to it."""
+    """A message to one or several peers. Each chunk is made and checksummed once, when the first of them comes to it, and kept
+    until the last of them has taken it."""
 
-    def __init__(self, header: Header, payload: memoryview | None, chunk_bytes: int) -> None:
-        self.payload = memoryview(b"") if payload is None else payload.cast("B")
-        self.header = replace(header, length=len(self.payload), chunk_bytes=chunk_bytes)
-        self._frames: list[bytes] = []
+    def __init__(self, header: Header, payload: Payload | None, chunk_bytes: int, note: bytes = b"", num_peers: int = 1) -> None:
+        self.payload: Payload = memoryview(b"") if payload is None else payload
+        self._note = note.ljust(-(-len(note) // 8) * 8)  # so that what comes behind it is aligned
+        self.header = replace(header, length=len(self.payload), chunk_bytes=chunk_bytes, note=len(self._note))
+        self._num_peers = num_peers
+        self._made: dict[int, tuple[tuple[memoryview, memoryview], int]] = {}  # by number, with how many peers have taken it
         self._lock = threading.Lock()
 
     def parts(self) -> Iterator[tuple[memoryview, ...]]:
-        """The pieces, grouped by what is written at once."""
-        head = _writable(self.header.pack())
-        if not self.payload:
-            yield (head,)
-        elif is_small(self.header):
-            yield head, _writable(self._frame(0, self.payload) + self.payload)
-        else:
-            for index, place in enumerate(chunks(len(self.payload), self.header.chunk_bytes)):
-                framed = _writable(self._frame(index, self.payload[place])), self.payload[place]
-                yield framed if index else (head, *framed)
+        """What is written at once, one after the other."""
+        head: tuple[memoryview, ...] = (_writable(self.header.pack()),)
+        if is_small(self.header):
+            both = memoryview(self._note + self.payload[: len(self.payload)])
+            yield (*head, _writable(frame(both, 0) + both)) if both else head
+            return
+        if self._note:
+            head += (_writable(frame(memoryview(self._note), NOTE) + self._note),)
+        for index, place in enumerate(chunks(len(self.payload), self.header.chunk_bytes)):
+            yield (*head, *self._framed(index, place))
+            head = ()
 
-    def _frame(self, index: int, chunk: memoryview) -> bytes:
+    def _framed(self, index: int, place: slice) -> tuple[memoryview, memoryview]:
         with self._lock:
-            if index == len(self._frames):
-                self._frames.append(frame(chunk, index))
-            return self._frames[index]
+            made, taken = self._made.pop(index, (None, 0))
+            if made is None:
+                chunk = self.payload[place]
+                made = (_writable(frame(chunk, index)), chunk)
+            if taken + 1 < self._num_peers:
+                self._made[index] = (made, taken + 1)
+            return made
 
 
 def _writable(data: bytes) -> memoryview:
@@ -88,23 +107,24 @@ def _writable(data: bytes) -> memoryview:
 
 
 def is_small(header: Header) -> bool:
-    """Whether both sides treat the payload as one piece with its frame."""
-    return header.length <= min(SMALL_BYTES, header.chunk_bytes)
+    """Whether both sides treat note and payload as one piece with its frame."""
+    return header.note + header.length <= min(SMALL_BYTES, header.chunk_bytes)
 
 
 class Hub(Protocol):
     """What a link needs of the transport that it belongs to."""
 
     limit_bytes: int
+    in_chunks: frozenset[Kind]  # of these kinds, large payloads are handed on chunk by chunk
 
-    def take(self, link: "Link", num_bytes: int) -> torch.Tensor | None:
-        """A buffer, when one may be had; None when the link is going down and the bytes are to be thrown away."""
+    def take(self, link: "Link", num_bytes: int, num_buffers: int) -> torch.Tensor | None:
+        """One of so many buffers, when one may be had; None when the link is going down and the bytes are to be thrown away."""
 
     def spoil(self, link: "Link") -> None:
         """The payload that a buffer was taken for will not come."""
 
-    def arrived(self, link: "Link", header: Header, payload: torch.Tensor | None) -> None:
-        """A whole message came, of whatever kind."""
+    def arrived(self, link: "Link", header: Header, payload: torch.Tensor | None, note: bytes, first: int) -> None:
+        """A message of whatever kind came; or the bytes of its payload from `first` on."""
 
     def lost(self, link: "Link", error: LinkError) -> None:
         """The link is of no use any more."""
@@ -207,37 +227,67 @@ class Link:
         limit = MAX_ABORT_BYTES if header.kind in CONTROL else self._hub.limit_bytes
         if header.length > limit:
             raise ProtocolError(f"{header.kind.name} claims {header.length} bytes, at most {limit} are accepted here")
-        payload = self._payload(header) if header.length else None
-        self.received.count(header)
-        self.ended = header.kind in LAST_WORDS
-        self._hub.arrived(self, header, payload)
+        if is_small(header):
+            note, payload = self._small(header) if header.note + header.length else (b"", None)
+            self._hand_on(header, payload, note)
+        else:
+            self._large(header, self._note(header) if header.note else b"")
+
+    def _hand_on(self, header: Header, payload: torch.Tensor | None, note: bytes, first: int = 0, ends: bool = True) -> None:
+        """Whoever wakes up by a message finds it counted, and the link ended if these were the last words."""
+        if ends:
+            self.received.count(header)
+            self.ended = header.kind in LAST_WORDS
+        self._hub.arrived(self, header, payload, note, first)
+
+    def _large(self, header: Header, note: bytes) -> None:
+        """Read the payload, and hand it on: as a whole, or each chunk when it is there."""
+        places = list(chunks(header.length, header.chunk_bytes))
+        if header.kind in self._hub.in_chunks:
+            for index, place in enumerate(places):
+                chunk = self._filled(header, [(index, place)], min(header.chunk_bytes, header.length), NUM_CHUNKS)
+                self._hand_on(header, chunk, b"" if index else note, place.start, place.stop == header.length)
+        else:
+            payload = self._filled(header, list(enumerate(places)), header.length, NUM_BUFFERS)
+            self._hand_on(header, payload, note)
 
     def _read(self, *parts: memoryview) -> None:
         self._wire.read(*parts)
         self.heard = monotonic()
 
-    def _payload(self, header: Header) -> torch.Tensor | None:
-        if is_small(header):
-            data = memoryview(bytearray(FRAME_BYTES + header.length))
-            self._read(data)
-            check_frame(data[:FRAME_BYTES], data[FRAME_BYTES:], 0)
-            return torch.frombuffer(data, dtype=torch.uint8, offset=FRAME_BYTES)
+    def _small(self, header: Header) -> tuple[bytes, torch.Tensor | None]:
+        data = memoryview(bytearray(FRAME_BYTES + header.note + header.length))
+        self._read(data)
+        check_frame(data[:FRAME_BYTES], data[FRAME_BYTES:], 0)
+        start = FRAME_BYTES + header.note
+        payload = torch.frombuffer(data, dtype=torch.uint8, offset=start) if header.length else None
+        return bytes(data[FRAME_BYTES:start]), payload
+
+    def _note(self, header: Header) -> bytes:
+        data = memoryview(bytearray(FRAME_BYTES + header.note))
+        self._read(data)
+        check_frame(data[:FRAME_BYTES], data[FRAME_BYTES:], NOTE)
+        return bytes(data[FRAME_BYTES:])
+
+    def _filled(self, header: Header, places: list[tuple[int, slice]], room: int, num_buffers: int) -> torch.Tensor | None:
+        """The chunks of these places in one of so many buffers of that size; None where nobody wants them any more."""
         self.listening = False
-        buffer = self._hub.take(self, header.length)
+        buffer = self._hub.take(self, room, num_buffers)
         self.heard, self.listening = monotonic(), True
         try:
-            self._fill(header, buffer)
+            self._fill(header, places, buffer)
         except (ConnectionError, ProtocolError):
             self._hub.spoil(self)
             raise
-        return None if buffer is None else buffer[: header.length]
+        return None if buffer is None else buffer[: places[-1][1].stop - places[0][1].start]
 
-    def _fill(self, header: Header, buffer: torch.Tensor | None) -> None:
+    def _fill(self, header: Header, places: list[tuple[int, slice]], buffer: torch.Tensor | None) -> None:
         """Read the chunks into the buffer, or, without one, over each other: the sender must be able to finish."""
         space = torch.empty(min(header.chunk_bytes, header.length), dtype=torch.uint8) if buffer is None else buffer
         view, framing = space.numpy().data, memoryview(bytearray(FRAME_BYTES))
-        for index, place in enumerate(chunks(header.length, header.chunk_bytes)):
-            chunk = view[: place.stop - place.start] if buffer is None else view[place]
+        for index, place in places:
+            start = 0 if buffer is None else place.start - places[0][1].start
+            chunk = view[start : start + place.stop - place.start]
             self.coming = f"{place.start} of {header.length} bytes of its {header.kind.name}"
             self._read(framing, chunk)
             check_frame(framing, chunk, index)

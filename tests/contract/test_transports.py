@@ -43,6 +43,13 @@ def test_a_peer_that_dies_is_named_at_once(transport: str) -> None:
     assert outcome(reports, 1, "dies") == "ok"
 
 
+@pytest.mark.parametrize("transport", ["in_process", "torch"])
+def test_a_peer_that_dies_inside_a_message_in_chunks_is_named_at_once(transport: str) -> None:
+    reports = LAUNCHERS[transport](["breaks_off"], 3, 60.0)
+    assert "rank 2 is gone after" in outcome(reports, 0, "breaks_off")
+    assert outcome(reports, 1, "breaks_off") == "ok"
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_peer_that_hangs_is_named_at_the_deadline(transport: str) -> None:
     reports = LAUNCHERS[transport](["silent"], 3, TIMEOUT_S)

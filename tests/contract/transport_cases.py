@@ -16,8 +16,7 @@ import torch
 from fedmpi.errors import Aborted, LinkError, PeerLost, PeerSilent, ProtocolError
 from fedmpi.messages import Header, Kind, expect
 from fedmpi.transports.base import Message, Transport
-from fedmpi.transports.inbox import NUM_BUFFERS
-from fedmpi.transports.link import Traffic
+from fedmpi.transports.link import NUM_BUFFERS, NUM_CHUNKS, Outgoing, Traffic
 
 CHUNK_BYTES = 5000  # the artificial limit: what holds past it holds past 2 GiB, where the real limit is
 TIMEOUT_S = 4.0
@@ -161,6 +160,37 @@ def chosen(t: Transport) -> None:
     assert len(places) <= NUM_BUFFERS + len(t.peers)
 
 
+def in_chunks(t: Transport) -> None:
+    """A large message of the kinds asked for comes in parts, in their order, its note with the first; those of peers in turn.
+
+    While nobody takes them the buffers are few, however many peers send; a small message comes whole.
+    """
+    size = 30 * CHUNK_BYTES + 17
+    if t.rank:
+        t.receive([0], "in_chunks")
+        for number in range(2):
+            t.send(0, Header(Kind.UPDATE, number, t.rank), memoryview(pattern(size, t.rank)), f"note {number}".encode())
+            t.send(0, Header(Kind.UPDATE, number, t.rank), memoryview(pattern(100, number)), b"small")
+        t.receive([0], "in_chunks")
+        return
+    t.in_chunks = frozenset({Kind.UPDATE})
+    t.send_all(t.peers, Header(Kind.ROUND))
+    until(lambda: t._inbox._in_use == NUM_CHUNKS)
+    whole: dict[int, bytes] = dict.fromkeys(t.peers, b"")
+    for _ in range(2 * len(t.peers) * 32):
+        message = t.receive(None, "in_chunks")
+        assert message.first == len(whole[message.peer])
+        assert message.note.strip() == (b"" if message.first else b"small" if message.last else b"note %d" % message.header.round)
+        ends, whole[message.peer] = message.last, whole[message.peer] + content(message)
+        if ends:
+            data = pattern(*((100, message.header.round) if message.header.length == 100 else (size, message.peer)))
+            assert whole[message.peer] == data
+            whole[message.peer] = b""
+    assert not any(whole.values()) and t._inbox._in_use == 0 and len(t._inbox._free) <= NUM_CHUNKS
+    t.in_chunks = frozenset()
+    t.send_all(t.peers, Header(Kind.ROUND))
+
+
 def busy(t: Transport) -> None:
     """Neither sleep nor work is silence, however much longer than the deadline it lasts."""
     if t.rank:
@@ -291,7 +321,7 @@ def lying(t: Transport) -> None:
     t.limit_bytes = limit
 
 
-GENTLE = (order, sizes, counters, arrival, chosen, busy, disagreement, stop, reopen, flipped, lying)
+GENTLE = (order, sizes, counters, arrival, chosen, in_chunks, busy, disagreement, stop, reopen, flipped, lying)
 
 
 def dies(t: Transport) -> str | None:
@@ -308,6 +338,33 @@ def dies(t: Transport) -> str | None:
         with raises(PeerLost, match="rank 2"):
             t.send(2, Header(Kind.ROUND, 7))
         assert list(t.send_all([1, 2], Header(Kind.ROUND, 7))) == [2]
+        assert t.receive([1], "gather").header.round == 1
+        return str(caught.value)
+    else:
+        t.receive([0], "go")
+        t.receive([0], "go")
+        update(t, 1)
+    return None
+
+
+def breaks_off(t: Transport) -> str | None:
+    """A peer that dies inside a message that comes in chunks: what has come can be taken, then it is named, and nothing hangs."""
+    if t.rank == 2:
+        t.receive([0], "go")
+        link = t._links[0]
+        message = Outgoing(Header(Kind.UPDATE, 6, 2), memoryview(pattern(40 * CHUNK_BYTES, 2)), CHUNK_BYTES)
+        for _, parts in zip(range(3), message.parts(), strict=False):
+            link._wire.write(*parts)
+        t.receive([0], "go")
+        die(t)
+    elif t.rank == 0:
+        t.in_chunks = frozenset({Kind.UPDATE})
+        t.send_all(t.peers, Header(Kind.ROUND, 6))
+        parts = [t.receive([2], "gather") for _ in range(3)]
+        assert [part.first for part in parts] == [0, CHUNK_BYTES, 2 * CHUNK_BYTES] and not parts[-1].last
+        t.send_all(t.peers, Header(Kind.ROUND, 6))
+        with raises(PeerLost, match="gather, round 6: rank 2 is gone after 15000 of 200000 bytes of its UPDATE") as caught:
+            t.receive([2], "gather")
         assert t.receive([1], "gather").header.round == 1
         return str(caught.value)
     else:

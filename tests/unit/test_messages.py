@@ -18,13 +18,13 @@ from fedmpi.messages import (
     Header,
     Kind,
     Manifest,
+    Packed,
     Spec,
     check_frame,
     chunks,
     expect,
     frame,
     manifest_of,
-    pack,
     unpack,
 )
 
@@ -61,7 +61,7 @@ def test_a_header_comes_back(header: Header) -> None:
 
 def test_a_header_is_little_endian_with_magic_and_version_first() -> None:
     data = Header(Kind.UPDATE, round=7, client=-1, length=2**33 + 1, manifest=5, flags=9).pack()
-    assert data[:8] == b"FMPI" + bytes([1, 0, Kind.UPDATE, 0])
+    assert data[:8] == b"FMPI" + bytes([2, 0, Kind.UPDATE, 0])
     assert data[8:40] == bytes.fromhex("07000000ffffffff010000000200000005000000000000000900000000004000")
     assert struct.unpack("<Q", data[56:])[0] == xxhash.xxh3_64_intdigest(data[:56])
 
@@ -84,11 +84,12 @@ def test_arbitrary_bytes_are_no_header(data: bytes) -> None:
     ("place", "value", "says"),
     [
         (0, b"HTTP", "b'HTTP'"),
-        (4, bytes([9, 0]), "protocol version 1, found 9"),
+        (4, bytes([9, 0]), "protocol version 2, found 9"),
         (6, bytes([77, 0]), "found 77"),
         (16, b"\xff" * 8, "claims 18446744073709551615"),
         (36, bytes(4), "chunks of 1 to .* says 0"),
         (36, b"\xff" * 4, "says 4294967295"),
+        (40, b"\xff" * 4, "note of at most 1048576 bytes, the header claims 4294967295"),
     ],
 )
 def test_a_header_says_what_is_wrong_with_it(place: int, value: bytes, says: str) -> None:
@@ -142,7 +143,7 @@ def test_a_manifest_hash_tells_names_shapes_and_dtypes_apart(manifest: Manifest,
 @given(MANIFESTS)
 def test_tensors_come_back_bit_for_bit(manifest: Manifest) -> None:
     tensors = tensors_of(manifest)
-    buffer = pack(tensors, manifest)
+    buffer = Packed(tensors, manifest).buffer(0, manifest.num_bytes)
     assert buffer.numel() == manifest.num_bytes == sum(t.numel() * t.element_size() for t in tensors.values())
     for name, tensor in unpack(buffer, manifest).items():
         assert (tensor.shape, tensor.dtype) == (tensors[name].shape, tensors[name].dtype)
@@ -160,13 +161,32 @@ def test_a_manifest_does_not_depend_on_the_order_of_a_dict() -> None:
     assert manifest_of({"a": one, "b": two}).hash == manifest_of({"b": two, "a": one}).hash
 
 
-def test_pack_writes_into_the_buffer_given_and_unpack_views_it() -> None:
-    tensors = {"weight": torch.arange(6.0).view(2, 3)}
-    manifest, out = manifest_of(tensors), torch.full((30,), 255, dtype=torch.uint8)
-    assert pack(tensors, manifest, out).data_ptr() == out.data_ptr()
-    assert out[24:].eq(255).all()
-    unpack(out[:24], manifest)["weight"][1, 2] = 7
-    assert unpack(out[:24], manifest)["weight"].tolist() == [[0, 1, 2], [3, 4, 7]]
+@given(MANIFESTS, st.integers(1, 40))
+def test_slices_of_packed_tensors_make_up_the_whole(manifest: Manifest, step: int) -> None:
+    packed = Packed(tensors_of(manifest), manifest)
+    assert b"".join(packed[place] for place in chunks(len(packed), step)) == bytes(packed[:])
+
+
+@given(MANIFESTS, st.integers(1, 5))
+def test_elements_are_cut_from_chunks_wherever_these_end(manifest: Manifest, step: int) -> None:
+    """Joined again they are the tensors, each with as many elements before it as the places say."""
+    tensors = tensors_of(manifest)
+    packed = Packed(tensors, manifest)
+    found: list[torch.Tensor] = []
+    before = 0
+    for place in chunks(len(packed), 8 * step):
+        chunk = torch.frombuffer(bytearray(packed[place]), dtype=torch.uint8)
+        for first, values in manifest.cut(chunk, place.start):
+            assert first == before
+            before += values.numel()
+            found.append(values.view(torch.uint8))
+    assert list(manifest.like) == [spec.name for spec, _ in manifest.places]
+    assert bytes(packed[:]) == b"".join(part.numpy().tobytes() for part in found)
+
+
+def test_a_chunk_that_ends_inside_an_element_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="whole elements"):
+        list(manifest_of({"a": torch.ones(4)}).cut(torch.zeros(6, dtype=torch.uint8), 0))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +200,7 @@ def test_pack_writes_into_the_buffer_given_and_unpack_views_it() -> None:
 )
 def test_tensors_that_are_not_the_manifests_are_refused(tensors: dict[str, torch.Tensor], says: str) -> None:
     with pytest.raises(ProtocolError, match=says):
-        pack(tensors, manifest_of({"a": torch.ones(2), "b": torch.ones(2)}))
+        Packed(tensors, manifest_of({"a": torch.ones(2), "b": torch.ones(2)}))
 
 
 @pytest.mark.parametrize(

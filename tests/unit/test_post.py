@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedmpi.federation.post import Post
-from fedmpi.messages import Kind
+from fedmpi.messages import Kind, Packed, manifest_of
 from fedmpi.transports import in_process
 
 VALUES = {
@@ -69,5 +69,31 @@ def test_what_is_said_is_what_is_decoded(tensors: dict[str, torch.Tensor]) -> No
 
 def test_tensors_that_lie_as_the_manifest_has_them_are_not_copied() -> None:
     together, apart = side_by_side("acd"), {name: VALUES[name] for name in "acd"}
-    assert carried(together)[0]["a"].data_ptr() == together["a"].data_ptr()
-    assert carried(apart)[0]["a"].data_ptr() != apart["a"].data_ptr()
+    for tensors, copied in ((together, False), (apart, True)):
+        packed = Packed(tensors, manifest_of(tensors))
+        start = torch.frombuffer(packed[:], dtype=torch.uint8).data_ptr()
+        assert (start != tensors["a"].data_ptr()) == copied
+
+
+def test_what_is_kept_outlives_the_message() -> None:
+    """The buffer of a kept message is not used for the next one."""
+    server, client = in_process.open_all(2, chunk_bytes=4096)
+    values = [{"a": torch.full((40_000,), float(number))} for number in range(3)]
+    kept: list[torch.Tensor] = []
+
+    def receive() -> None:
+        with client, client.turn:
+            post = Post(client)
+            for number in range(3):
+                message = post.expect(0, Kind.BROADCAST, number, "test")
+                kept.append(post.keep(message)["a"])
+                message.release()
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    with server, server.turn:
+        for number, tensors in enumerate(values):
+            Post(server).send_tensors((1,), Kind.BROADCAST, tensors, number)
+    thread.join()
+    assert all(torch.equal(kept[number], values[number]["a"]) for number in range(3))
+    assert client._inbox._in_use == 0

@@ -1,0 +1,170 @@
+"""What the server receives in a round: updates and failures as they come; when every client has answered, the verdict.
+
+It is read once, in one of two ways. Who iterates gets whole updates, each of which stays as it is until the next is asked for.
+`pieces` gives elements as they arrive, those of several clients in turn, so that a server holds a few chunks beside its sums. A
+link that breaks inside an update raises out of both: what was added of that update cannot be taken back, so there is no mean, and
+either the round is repeated from the state before it or the run ends. An update counts when its last piece was taken.
+
+This module must never know what is done with updates.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from fedmpi import messages
+from fedmpi.aggregation.mean import Piece
+from fedmpi.errors import ProtocolError, TrainingError
+from fedmpi.federation.conductor import Conductor
+from fedmpi.federation.post import Post
+from fedmpi.federation.updates import Failure, Outcome, Update
+from fedmpi.ledger import Ledger
+from fedmpi.messages import Kind
+from fedmpi.round import Placement, Round
+from fedmpi.tensors import num_bytes, zeros
+from fedmpi.transports.inbox import Message
+
+MOST_WHOLE = 2  # updates that are put together at a time; the others wait on their links
+
+
+@dataclass
+class Tally:
+    """The server's books of one round."""
+
+    rnd: Round
+    conductor: Conductor
+    outcome: Outcome
+    ledger: Ledger
+    check: Callable[[Update], None] | None = None
+
+    def judged(self, outcomes: Iterable[Update | Failure]) -> Iterator[Update]:
+        """Updates with their weights; failures go to the record; the end of the updates is the verdict."""
+        for outcome in outcomes:
+            if isinstance(outcome, Update):
+                self.ledger.up[outcome.client] += num_bytes(outcome.tensors)
+            checked = self._passed(outcome) if isinstance(outcome, Update) else outcome
+            if isinstance(checked, Failure):
+                self.fail(checked)
+                continue
+            update = self.weighed(checked)
+            self.outcome.note(update)
+            yield update
+        self.close()
+
+    def _passed(self, update: Update) -> Update | Failure:
+        """The update, or why it is none."""
+        try:
+            if self.check is not None:
+                self.check(update)
+        except TrainingError as error:
+            return Failure(update.client, type(error).__name__, str(error))
+        return update
+
+    def fail(self, failure: Failure) -> None:
+        """A client has no update."""
+        self.outcome.failures[failure.client] = failure
+
+    def weighed(self, update: Update) -> Update:
+        """The update with its weight, which the server gives."""
+        return replace(update, weight=self.conductor.weight(update.client, update.metrics.get("examples", 0.0)))
+
+    def close(self) -> None:
+        """Every client has answered: the verdict. What is summed over clients later must not depend on who came first."""
+        outcome = self.outcome
+        outcome.metrics = dict(sorted(outcome.metrics.items()))
+        self.conductor.judge(self.rnd, outcome.counted, {c: str(f) for c, f in outcome.failures.items()})
+
+
+@dataclass
+class Arrivals:
+    """The answers of a cohort over the links."""
+
+    post: Post
+    placement: Placement
+    tally: Tally
+    _missing: set[int] = field(default_factory=set)
+    _begun: dict[int, Update] = field(default_factory=dict)  # by client, without tensors
+
+    def __iter__(self) -> Iterator[Update]:
+        return self.tally.judged(self._whole())
+
+    def pieces(self) -> Iterator[Piece]:
+        """All pieces of all updates; at the end, the verdict."""
+        for message in self._answers({}):
+            if isinstance(message, Failure):
+                self.tally.fail(message)
+                continue
+            update = self._update(message)
+            like = self.post.manifest(message).like
+            for first, values in self.post.pieces(message):
+                yield Piece(update.client, update.weight, like, first, values)
+            ends = message.last
+            message.release()  # the consumer has asked for the next one: it is done with this
+            if ends:
+                self._missing.discard(update.client)
+                self.tally.ledger.up[update.client] += message.header.length
+                self.tally.outcome.note(update)
+        self.tally.close()
+
+    def _update(self, message: Message) -> Update:
+        """What is known of the update that the message is a part of."""
+        client = message.header.client
+        if not message.first:
+            note = self.post.note(message)
+            if not isinstance(note.get("metrics"), dict) or not isinstance(note.get("owned"), str):
+                raise ProtocolError(f"rank {message.peer} sent an UPDATE with a note of {sorted(note)}, expected metrics and owned")
+            update = Update(client, {}, note["metrics"], owned_sha256=note["owned"])
+            self._begun[client] = self.tally.weighed(update)
+        return self._begun[client]
+
+    def _whole(self) -> Iterator[Update | Failure]:
+        """Whole updates; those that come in parts are put together in a few buffers."""
+        filling: dict[int, torch.Tensor] = {}  # by rank
+        for message in self._answers(filling):
+            if isinstance(message, Failure):
+                yield message
+                continue
+            update, ends = self._update(message), message.last
+            if message.payload is not None and not (ends and not message.first):
+                if message.peer not in filling:
+                    filling[message.peer] = zeros(message.header.length, torch.uint8)
+                filling[message.peer][message.first :][: message.payload.numel()].copy_(message.payload)
+            if ends:
+                self._missing.discard(update.client)
+                body = filling.pop(message.peer, None)
+                tensors = self.post.tensors(message) if body is None else messages.unpack(body, self.post.manifest(message))
+                yield replace(update, tensors=tensors)
+            message.release()
+
+    def _answers(self, filling: dict[int, Any]) -> Iterator[Message | Failure]:
+        """Failures, and updates or parts of them, until no client is missing. When enough are being filled, only of these."""
+        rnd = self.tally.rnd
+        self._missing = set(rnd.cohort)
+        while self._missing:
+            began = time.monotonic()
+            leaders = {self.placement.leader_of[client] for client in self._missing}
+            peers = set(filling) if len(filling) >= MOST_WHOLE else leaders
+            message = self.post.receive(peers, f"waiting in round {rnd.index} for clients {sorted(self._missing)}")
+            self.tally.outcome.wait_s += time.monotonic() - began
+            self._belongs(message)
+            if message.header.kind is Kind.FAILURE:
+                self._missing.discard(message.header.client)
+                told = self.post.json(message)
+                yield Failure(message.header.client, **{key: str(value) for key, value in told.items()})
+            else:
+                yield message
+
+    def _belongs(self, message: Message) -> None:
+        """Identity comes from the link: a rank speaks for the clients that were placed on it, in this round, once."""
+        header, index, missing = message.header, self.tally.rnd.index, self._missing
+        if header.kind not in (Kind.UPDATE, Kind.FAILURE) or header.round != index:
+            raise ProtocolError(
+                f"rank {message.peer} sent {header.kind.name} of round {header.round}, expected updates of round {index}"
+            )
+        if header.client not in missing or self.placement.leader_of[header.client] != message.peer:
+            raise ProtocolError(
+                f"rank {message.peer} speaks for client {header.client}; missing in round {index}: {sorted(missing)}"
+            )

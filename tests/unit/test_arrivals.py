@@ -1,0 +1,150 @@
+"""Updates at the server, in pieces or whole: the same mean, the same books, and no mean where an update breaks off."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from fedmpi.aggregation import exact_mean
+from fedmpi.errors import PeerLost, ProtocolError
+from fedmpi.federation import Conductor, Federation, Outcome, Update
+from fedmpi.federation.arrivals import Tally
+from fedmpi.federation.post import Post
+from fedmpi.ledger import Ledger
+from fedmpi.messages import Header, Kind, Packed, manifest_of
+from fedmpi.round import Round, place
+from fedmpi.tensors import Tensors
+from fedmpi.transports import in_process
+from fedmpi.transports.base import Transport
+from fedmpi.transports.link import Outgoing
+
+CHUNK_BYTES, CLIENTS = 4096, 5  # of which the first two share a rank, and the next two
+
+
+@dataclass(frozen=True)
+class Client:
+    id: int
+    owned: Tensors | None = None
+
+
+@dataclass
+class Seen:
+    """What the server found."""
+
+    result: Tensors = field(default_factory=dict)
+    counted: list[int] = field(default_factory=list)
+    up: dict[int, int] = field(default_factory=dict)
+    error: BaseException | None = None
+
+
+def made(client: Client) -> Update:
+    """An update of two dtypes that takes several chunks."""
+    if client.id == 3:
+        raise ValueError("no data today")
+    generator = torch.Generator().manual_seed(client.id)
+    tensors = {name: torch.randn(1500, generator=generator) for name in "ab"}
+    return Update(client.id, tensors | {"c": torch.full((700,), client.id, dtype=torch.bfloat16)}, {"examples": client.id + 1.0})
+
+
+def federation(transport: Transport | None) -> Federation:
+    rank, size = (0, 1) if transport is None else (transport.rank, transport.size)
+    fed = Federation(place(CLIENTS, size), rank, None if transport is None else Post(transport))
+    fed.greet("test", {client: client + 1 for client in fed.placement.hosted_by(rank)})
+    if rank == 0:
+        fed.conductor = Conductor([client + 1 for client in range(CLIENTS)], 1, 0, CLIENTS)
+    fed.welcome({}, 1 << 30)
+    return fed
+
+
+def run(aggregate: Callable[[object, Round], Tensors], size: int, work: Callable[[Federation, Round], None] | None = None) -> Seen:
+    """One round; `work` replaces what rank 1 does in it. The server's error is kept."""
+    seen = Seen()
+
+    def part(transport: Transport | None) -> None:
+        fed = federation(transport)
+        clients = {client: Client(client) for client in fed.placement.hosted_by(fed.rank)}
+        for rnd in fed.rounds():
+            if fed.rank == 1 and work is not None:
+                work(fed, rnd)
+                return
+            received = fed.gather(rnd, clients, made)
+            if fed.conductor is not None:
+                seen.result = aggregate(received, rnd)
+                seen.counted, seen.up = fed.outcome.counted, dict(fed.ledger.up)
+        fed.farewell()
+
+    def rank(transport: Transport) -> None:
+        try:
+            with transport, transport.turn:
+                part(transport)
+        except BaseException as error:  # noqa: BLE001 - a test looks at it
+            seen.error = error if transport.rank == 0 else seen.error
+
+    if size == 1:
+        part(None)
+        return seen
+    transports = in_process.open_all(size, chunk_bytes=CHUNK_BYTES)
+    threads = [threading.Thread(target=rank, args=(transport,)) for transport in transports]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return seen
+
+
+def in_pieces(received: object, rnd: Round) -> Tensors:
+    return exact_mean(received, rnd.scale)  # type: ignore[arg-type]
+
+
+def whole(received: object, rnd: Round) -> Tensors:
+    return exact_mean(iter(received), rnd.scale)  # type: ignore[call-overload, no-any-return]
+
+
+def test_the_mean_of_pieces_is_that_of_whole_updates() -> None:
+    alone = run(in_pieces, 1)
+    for seen in (run(in_pieces, 4), run(whole, 4), run(in_pieces, 6), run(whole, 6)):
+        assert seen.error is None and sorted(seen.counted) == [0, 1, 2, 4]
+        assert all(torch.equal(seen.result[name], alone.result[name]) for name in "abc")
+        assert seen.up == alone.up == dict.fromkeys((0, 1, 2, 4), 2 * 1500 * 4 + 700 * 2)
+
+
+def test_what_is_summed_over_clients_does_not_depend_on_who_came_first() -> None:
+    conductor = Conductor([1, 1, 1], 1, 0, 3)
+    tally = Tally(conductor.next_round(), conductor, Outcome(), Ledger())
+    assert [update.client for update in tally.judged([Update(client, {}, {}) for client in (2, 0, 1)])] == [2, 0, 1]
+    assert list(tally.outcome.metrics) == [0, 1, 2] and tally.outcome.counted == [2, 0, 1]
+
+
+@pytest.mark.parametrize("aggregate", [in_pieces, whole])
+def test_where_an_update_breaks_off_there_is_no_mean(aggregate: Callable[[object, Round], Tensors]) -> None:
+    def breaks(fed: Federation, rnd: Round) -> None:
+        assert fed.post is not None
+        tensors = made(Client(0)).tensors
+        manifest = manifest_of(tensors)
+        fed.post._announce(0, manifest)
+        link = fed.post.transport._links[0]
+        header = Header(Kind.UPDATE, rnd.index, 0, manifest=manifest.hash)
+        message = Outgoing(header, Packed(tensors, manifest), CHUNK_BYTES, b'{"metrics": {"examples": 1.0}, "owned": ""}')
+        for _, parts in zip(range(2), message.parts(), strict=False):
+            link._wire.write(*parts)
+        link.close()
+
+    seen = run(aggregate, 6, breaks)
+    assert isinstance(seen.error, PeerLost) and "8192 of 13400 bytes of its UPDATE" in str(seen.error)
+    assert not seen.result
+
+
+@pytest.mark.parametrize("note", [b"", b"{}", b'{"metrics": 3, "owned": ""}', b"[1]"])
+def test_an_update_without_its_note_is_refused(note: bytes) -> None:
+    def bare(fed: Federation, rnd: Round) -> None:
+        assert fed.post is not None
+        tensors = made(Client(0)).tensors
+        manifest = manifest_of(tensors)
+        fed.post._announce(0, manifest)
+        header = Header(Kind.UPDATE, rnd.index, 0, manifest=manifest.hash)
+        fed.post._send((0,), header, Packed(tensors, manifest), note)
+
+    seen = run(in_pieces, 6, bare)
+    assert isinstance(seen.error, ProtocolError) and "rank 1 sent" in str(seen.error)
