@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmpi import aggregation, evaluation, models, training
 from fedmpi import data as corpora
-from fedmpi.errors import ConfigError, DataError
+from fedmpi.errors import ConfigError, DataError, TrainingError
 from fedmpi.round import Round
 from fedmpi.seeding import seed_for
 from fedmpi.tensors import Tensors
@@ -126,6 +126,7 @@ class Host:
     def check(self, server: Any, rnd: Round, beside: Tensors | None = None) -> "Callable[[Update], None]":
         """What every update of the round must pass before it touches anything; tensors like `beside` come with the adapter."""
         names = aggregation.trained(server.adapter, self.rules.rule, rnd.index)
+        most = aggregation.most_of(aggregation.largest(server.adapter))
 
         def check(update: "Update") -> None:
             expected = self._at_rank(update.client, {name: server.adapter[name] for name in names})
@@ -133,6 +134,8 @@ class Host:
             own = {name: tensor for name, tensor in update.tensors.items() if name not in extra}
             aggregation.inspect(own, expected, self.rules, server.memory)
             aggregation.inspect(extra, beside or {}, aggregation.Config(), {})
+            if (found := aggregation.largest(update.tensors)) > most:
+                raise TrainingError(f"the update has grown to {found:.4g}, more than {most:.4g}: lower the learning rate")
 
         return check
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedmpi.aggregation.mean import exact_mean as exact_mean
     from fedmpi.aggregation.mean import grid_scale as grid_scale
     from fedmpi.aggregation.mean import largest as largest
+    from fedmpi.aggregation.mean import most_of as most_of
     from fedmpi.aggregation.spool import Spool as Spool
     from fedmpi.aggregation.step import Made as Made
     from fedmpi.aggregation.step import Start as Start
@@ -113,7 +114,7 @@ class ServerConfig:
 __getattr__ = door(
     __name__,
     {
-        **dict.fromkeys(("exact_mean", "grid_scale", "largest", "Weighted"), "mean"),
+        **dict.fromkeys(("exact_mean", "grid_scale", "largest", "most_of", "Weighted"), "mean"),
         **dict.fromkeys(("narrowed", "trained"), "factors"),
         "Spool": "spool",
         **dict.fromkeys(("aggregate", "inspect", "Made", "Start"), "step"),

@@ -57,9 +57,14 @@ class Streamed(Protocol):
     def pieces(self) -> Iterator[Piece]: ...
 
 
+def most_of(largest: float) -> float:
+    """The largest magnitude that an update may have where the round began with `largest`."""
+    return 64.0 * max(largest, 1.0)
+
+
 def grid_scale(total_weight: int, largest: float) -> int:
-    """The finest grid on which weights that sum to `total_weight` cannot overflow while no |x| passes 64 times `largest`."""
-    room = max(1.0, 64.0 * max(largest, 1.0)) * max(1, total_weight)
+    """The finest grid on which weights that sum to `total_weight` cannot overflow while no |x| passes `most_of(largest)`."""
+    room = most_of(largest) * max(1, total_weight)
     return 52 - math.ceil(math.log2(room))
 
 

@@ -1,12 +1,13 @@
 """A client that fails is a Failure and nobody else's; too few updates repeat the round or end the run."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
+from fedmpi.algorithms import fedavg
 from fedmpi.training import Hook
 from tests.lockstep.ranks import adapter, recipe, run
 
@@ -93,3 +94,22 @@ def test_giving_up_keeps_what_counted_since_the_last_checkpoint(settings: list[s
     assert told == ["evaluation", None, None, "quorum_lost", "resume", None, None]
     run(recipe(*rare), tmp_path / "whole")
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(("factor", "words"), [(float("nan"), "not finite"), (1e6, "has grown to")])
+def test_an_update_that_would_break_the_mean_is_its_clients_failure(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, factor: float, words: str
+) -> None:
+    honest = fedavg.client_update
+
+    def hostile(client: Any, sent: Any, rnd: Any) -> Any:
+        update = honest(client, sent, rnd)
+        worse = {name: factor * tensor for name, tensor in update.tensors.items()}
+        return replace(update, tensors=worse) if client.id == rnd.cohort[2] and rnd.index == 1 else update
+
+    monkeypatch.setattr(fedavg, "client_update", hostile)
+    assert run(recipe(*settings), tmp_path, size) == [0] * size
+    rounds = [line for line in lines_of(tmp_path) if "event" not in line]
+    assert [len(line["counted"]) for line in rounds] == [5, 4, 5, 5]
+    assert words in str(rounds[1]["failures"][str(rounds[1]["cohort"][2])])
