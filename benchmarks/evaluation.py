@@ -75,7 +75,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
 
 def batching(asked: argparse.Namespace, task: gsm8k.Gsm8k, model: Any, tokenizer: Any) -> dict[str, Any]:
     """One at a time and batched, in turns."""
-    rows = task.rows[: asked.batch]
+    rows = task.rows
     prompts, keys = [task.prompt(row, 0) for row in rows], [row.id for row in rows]
     seconds: dict[int, list[float]] = {1: [], asked.batch: []}
     answers: dict[int, list[str]] = {}

@@ -23,6 +23,7 @@ from fedmpi.round import End, Round
 from fedmpi.stop import Stop
 from fedmpi.tensors import Tensors, part, prefixed
 
+COSTS = ("tokens", "flops", "steps", "turn_s", "peak_rss_bytes", "peak_gpu_bytes", "energy_j")
 _NEW = {"best": None, "worse": 0, "seconds": 0.0, "steps": 0.0, "train_s": 0.0}
 
 
@@ -89,8 +90,10 @@ class Keeper:
         assert conductor is not None
         last = rnd.index + 1 >= self.recipe.rounds
         due = last or (self.recipe.eval_every and (rnd.index + 1) % self.recipe.eval_every == 0)
+        trained = time.monotonic()
         scores = self._score(server.adapter) if due else {}  # first: what it sends belongs to this round
         line = {**self._figures(rnd), **server.figures, **scores}
+        line["round_s"], line["score_s"] = trained - began, time.monotonic() - trained
         line["seconds"] = time.monotonic() - began
         self._line(line)
         self.owned.update(self.fed.outcome.owned)
@@ -125,6 +128,7 @@ class Keeper:
         supervised = {c: m["supervised"] for c, m in outcome.metrics.items()}
         loss = sum(m["loss"] * m["supervised"] for m in outcome.metrics.values()) / sum(supervised.values())
         summed: dict[str, float] = {key: sum(m[key] for m in outcome.metrics.values()) for key in ("tokens", "flops", "steps")}
+        costs = {c: self._costs(c, metrics) for c, metrics in sorted(outcome.metrics.items())}
         return {
             "round": rnd.index,
             "attempt": rnd.attempt,
@@ -139,7 +143,14 @@ class Keeper:
             "wait_s": outcome.wait_s,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "client_losses": {c: m["loss"] for c, m in sorted(outcome.metrics.items())},
+            "client_costs": costs,
         }
+
+    def _costs(self, client: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """What a client's part of the round came to; its own copy of what went down, where it had one."""
+        up, down, speed = self.fed.ledger.up[client], self.fed.ledger.down[client], self.recipe.link_mbps
+        measured = {key: metrics[key] for key in COSTS if key in metrics}
+        return {**measured, "up_bytes": up, "down_bytes": down, "transfer_s": speed and 8e-6 * (up + down) / speed}
 
     def _score(self, adapter: Tensors | None) -> dict[str, float]:
         """Held-out loss, without an adapter of the base: on rows that the server has, else on each client's own rank."""

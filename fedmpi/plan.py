@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from fedmpi import data, models, recipe
 from fedmpi.command import FINISHED, guarded
-from fedmpi.errors import ConfigError
 from fedmpi.recipe import Recipe
 from fedmpi.round import cohort_size, fixed_cohort, place
 
@@ -95,18 +94,15 @@ def _enter(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m fedmpi.plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--ranks", type=int)
-    parser.add_argument("--link_mbps", type=float)
     own, rest = parser.parse_known_args(arguments)
     wanted, settings = recipe.read(rest, "python -m fedmpi.plan", __doc__ or "")
-    plan = build(wanted, settings, own.ranks, own.link_mbps)
+    plan = build(wanted, settings, own.ranks)
     print(json.dumps({**asdict(plan), "round_s": plan.round_s, "once_s": plan.once_s}, indent=1)) if own.json else show(plan)
     return FINISHED
 
 
-def build(wanted: Recipe, own: Any, ranks: int | None = None, link_mbps: float | None = None) -> Plan:
+def build(wanted: Recipe, own: Any, ranks: int | None = None) -> Plan:
     """The plan of a recipe; `own` are the settings of its algorithm."""
-    if link_mbps is not None and not link_mbps > 0:
-        raise ConfigError(f"link_mbps {link_mbps}: give a speed above 0")
     original = models.load_shapes(wanted.model, wanted.device)
     whole, dtype = _count(original.parameters()), str(original.dtype).removeprefix("torch.")  # before an adapter is in it
     outline, num_clients = _outline(wanted, own, original), _num_clients(wanted)
@@ -126,7 +122,7 @@ def build(wanted: Recipe, own: Any, ranks: int | None = None, link_mbps: float |
         cohort=num_clients and _cohort(wanted, num_clients),
         placement=_placement(wanted, num_clients, ranks) if num_clients else {},
         sides=(server_side(wanted, outline.server, whole), client_side(wanted, outline.client, whole)),
-        link_mbps=link_mbps,
+        link_mbps=wanted.link_mbps,
     )
 
 

@@ -28,6 +28,7 @@ _NOT_THE_EXPERIMENT = (
     "timeout_s",
     "keep",
     "checkpoint_every",
+    "link_mbps",
 )
 
 
@@ -59,6 +60,7 @@ class Recipe:
         on_quorum_lost: repeat the round with a new cohort (three times at most), or stop
         server_optimizer: none, or what steps along the clients' move: avgm (FedAvgM), adam, yogi or adagrad (FedAdam and so on)
         transport: auto, torch or mpi; decides where the environment is ambiguous
+        link_mbps: speed of a client's link, for the seconds that its transfers would take there; default unknown
     """
 
     algorithm: str = "fedavg"
@@ -84,6 +86,7 @@ class Recipe:
     on_quorum_lost: Literal["repeat", "stop"] = "repeat"
     server_optimizer: Optimizer = "none"
     transport: Literal["auto", "torch", "mpi"] = "auto"
+    link_mbps: float | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -130,6 +133,8 @@ class Recipe:
                 f"scenario {self.scenario} puts all rows in one place, data.splitter given leaves them where they are: "
                 "give scenario fed or local"
             )
+        if self.link_mbps is not None and not self.link_mbps > 0:
+            raise ConfigError(f"link_mbps {self.link_mbps}: give a speed above 0")
         if not 0 < self.timeout_s <= _WEEK_S:
             raise ConfigError(f"timeout_s {self.timeout_s}: give seconds above 0, at most {_WEEK_S} (a week)")
         if self.sampling not in ("all", "uniform", "weighted") and not self.sampling.startswith("fixed:"):

@@ -54,7 +54,9 @@ class Session:
         answer = partial(self.host.score_each, clients=hosted)
         folds = self.host.base.folds
         folds.restore({})  # another training may have stood on this base
-        fed = Federation(placement, rank, self.post, vault=vault, near=self.near, ground=folds, answer=answer)
+        fed = Federation(
+            placement, rank, self.post, vault=vault, near=self.near, ground=folds, answer=answer, device=self.host.base.device
+        )
         # ranks that read other rows are as foreign as ranks with other settings
         experiment = f"{self.experiment} on data {config.digest(self.host.parties.record)}"
         sizes = fed.greet(experiment, {c: self.host.num_examples(c) for c in hosted}, {c: self.host.about(c) for c in hosted})

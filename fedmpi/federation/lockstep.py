@@ -22,6 +22,7 @@ from fedmpi.federation.post import Post, content
 from fedmpi.federation.updates import Failure, Outcome, Party, Update, Vault
 from fedmpi.ledger import Ledger
 from fedmpi.messages import Kind
+from fedmpi.meter import Meter
 from fedmpi.round import End, Placement, Round
 from fedmpi.seeding import seed_everything, seed_for
 from fedmpi.tensors import Tensors, num_bytes
@@ -40,6 +41,7 @@ class Federation:
     post: Post | None = None  # None: this process is the whole world
     conductor: Conductor | None = None  # held by the server alone
     vault: Vault | None = None
+    device: str = "cpu"  # where clients that live here compute
     near: str | None = None  # host:port of something that every rank can reach, where there is one
     ground: Ground | None = None  # what each process holds once and the server may change
     answer: scores.Answer | None = None  # how clients that live here score what the server asks about, on rows of their own
@@ -271,9 +273,10 @@ class Federation:
         """The client's boundary: what goes wrong inside is a Failure of this client, in this round, and of nobody else."""
         seed_everything(seed_for(rnd.seed, "turn", client.id))
         ready = replace(client, owned=self._owned.of(client.id))  # type: ignore[type-var]
-        trace = ""
+        trace, meter = "", Meter(self.device)
         try:
             outcome: Update | Failure = work(ready)
+            outcome = replace(outcome, metrics={**outcome.metrics, **meter.figures()})
         except Aborted:
             raise
         except Exception as error:  # noqa: BLE001 - the one place where anything may be caught; printed or told below

@@ -97,9 +97,9 @@ def test_a_client_alone_is_scored_where_its_rows_are(settings: list[str], sites:
 
 
 def test_a_run_goes_on_on_other_ranks_and_refuses_changed_files(settings: list[str], sites: Path, tmp_path: Path) -> None:
-    wanted = ranks.recipe(*arguments(settings, sites))
+    wanted = ranks.recipe(*arguments(settings, sites), ranks.STOPS)
     ranks.run(wanted, tmp_path / "whole")
-    assert set(ranks.run(wanted, tmp_path / "parts", 3, stop_rank=1)) == {75}
+    assert set(ranks.run(wanted, tmp_path / "parts", 3, stop_rank=1, stop_turn=3)) == {75}
     changed = (sites / "3.jsonl").read_text()
     (sites / "3.jsonl").write_text(changed.replace("says 7", "says seven"))
     refused = ranks.run(wanted, tmp_path / "parts", 4)

@@ -122,3 +122,20 @@ def test_the_resolved_recipe_runs_again(settings: list[str], tmp_path: Path) -> 
     run(recipe(*settings), tmp_path / "run")
     again = recipes.read([f"--config={tmp_path / 'run' / 'config.yaml'}"], "test", "")[0]
     assert again.hash() == recipe(*settings).hash()
+
+
+def test_costs_are_told_for_each_client_of_a_round(settings: list[str], tmp_path: Path) -> None:
+    run(recipe(*settings, "--link_mbps=8"), tmp_path / "run", 3)
+    for line in [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()][1:]:
+        costs = line["client_costs"]
+        assert sorted(map(int, costs)) == line["counted"]
+        for key in ("tokens", "flops", "steps", "up_bytes", "down_bytes"):
+            assert sum(cost[key] for cost in costs.values()) == line[key] > 0
+        for cost in costs.values():
+            assert cost["transfer_s"] == pytest.approx((cost["up_bytes"] + cost["down_bytes"]) / 1e6)
+            assert cost["turn_s"] > 0 and cost["peak_rss_bytes"] > 1e7
+            assert cost["peak_gpu_bytes"] is None and cost["energy_j"] != 0
+        assert line["seconds"] >= line["round_s"] > 0 and line["score_s"] > 0
+    run(recipe(*settings, "--rounds=1"), tmp_path / "unknown")
+    costs = json.loads((tmp_path / "unknown" / "metrics.jsonl").read_text().splitlines()[1])["client_costs"]
+    assert [cost["transfer_s"] for cost in costs.values()] == [None] * 5

@@ -6,6 +6,7 @@ from itertools import islice
 import pytest
 import torch
 from small_models import PAD, examples, llama, trained, with_lora
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedmpi.data.batching import batches
 from fedmpi.data.prompts import IGNORED, Example
@@ -115,6 +116,18 @@ def test_counts_are_of_real_and_supervised_tokens():
     assert result.supervised == sum(label != IGNORED for example in data for label in example.labels[1:])
     model = with_lora(llama())
     assert result.flops == flops_per_token(model, model.parameters()) * result.tokens
+
+
+def test_flops_of_a_fit_are_those_that_torch_counts_but_for_attention():
+    """Torch counts attention as well, and leaves out a gradient that nobody below the first adapter needs."""
+    model = with_lora(llama(layers=4))
+    model.base_model.model.set_attn_implementation("eager")
+    rows = [Example([5] * 12, [IGNORED] + [5] * 11, "a")] * 2
+    counter = FlopCounterMode(display=False)
+    with counter:
+        result = fit(model, rows, Config(epochs=1, batch_size=2), seed=0, pad_id=PAD)
+    attention = 3 * 2 * 2 * 4 * (2 * 12 * 12 * 32)  # passes, two operations, two products, layers; samples x square x width
+    assert result.flops == pytest.approx(counter.get_total_flops() - attention, rel=0.06)
 
 
 def test_flops_of_full_training_are_six_per_weight():

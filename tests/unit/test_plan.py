@@ -83,8 +83,10 @@ def test_table_5_of_fedbiot(llama_7b, settings, figures):
 
 
 def test_the_plan_of_a_recipe(small):
-    wanted, own = read(f"--model.path={small}", "--clients=5", "--clients_per_round=2", "--peft.rank=4", "--model.dtype=bfloat16")
-    found = plan.build(wanted, own, ranks=3, link_mbps=8)
+    wanted, own = read(
+        f"--model.path={small}", "--clients=5", "--clients_per_round=2", "--peft.rank=4", "--model.dtype=bfloat16", "--link_mbps=8"
+    )
+    found = plan.build(wanted, own, ranks=3)
     server, client = found.sides
     size = 4 * 5 * 2 * 4 * (32 + 32)  # layers, query and value, rank
     assert (found.down_bytes, found.up_bytes, found.once_bytes, found.cohort) == (size, size, 0, 2)
