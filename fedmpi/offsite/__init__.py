@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fedmpi.offsite.layers import layout as layout
     from fedmpi.offsite.proximal import Proximal as Proximal
 
-Builder = Literal["uniform"]
+Builder = Literal["uniform", "influence", "shared", "thin", "quantized"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,10 @@ class Config:
     """What is cut out of the model, how the rest is compressed, and how the two are aligned.
 
     Args:
-        builder: how the emulator is made; uniform drops layers at equal distances
-        drop_rate: share of the layers between the adapters that is dropped
+        builder: uniform drops layers at equal distances; influence those that change the hidden state least; shared lets neighbours
+            share one; thin keeps them all, in factors and with fewer channels; quantized is uniform in few bits
+        drop_rate: share of the layers between the adapters that is dropped; thin: of the weights in each of them
+        bits: of a weight (quantized)
         adapter_first: layers of the adapter at the model's beginning; default 0 with fedbiot, 2 with fedot
         adapter_last: layers of the adapter at the model's end; default 2
         emulator: a folder with an emulator that is aligned already, such as RUN_DIR/emulator; nothing is built then
@@ -52,6 +54,7 @@ class Config:
     drop_rate: float = 0.2
     adapter_first: int | None = None
     adapter_last: int | None = None
+    bits: Literal[4, 8] = 8
     emulator: str | None = None
     prealign_steps: int = 500
     align_steps: int = 10

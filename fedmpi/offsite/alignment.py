@@ -6,6 +6,7 @@ It is the one optimiser loop with this loss. What is trained is what requires a 
 the adapter is frozen and lets the gradient pass.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from fedmpi import training
-from fedmpi.data import Batch, Example
+from fedmpi.data import Batch, Example, collate
 from fedmpi.offsite import Config
 from fedmpi.offsite.layers import Layout
 from fedmpi.offsite.teacher import PooledTeacher, Teacher, Views, keep, look, pool
@@ -71,7 +72,7 @@ def align(
         optimizer_state=config.align_optimizer_state,
         hooks=(),
     )
-    gap = Gap(goal.teacher, len(layout.order) - layout.last - 1, config.kd_weight, config.normalise)
+    gap = Gap(goal.teacher, layout.last_emulated, config.kd_weight, config.normalise)
     kept = _renamed(state, layout.compressed) if state else None
     fit = training.fit(student, goal.examples, settings, seed=seed, pad_id=goal.pad_id, state=kept, loss=gap)
     figures = {
@@ -83,6 +84,22 @@ def align(
         "align_flops": float(fit.flops + _forward_flops(goal.teacher.model) * fit.tokens),
     }
     return Aligned(figures, _renamed(fit.state, layout.original) if fit.state else None)
+
+
+@torch.no_grad()
+def distance(goal: Goal, student: torch.nn.Module, layout: Layout, batch_size: int) -> dict[str, float]:
+    """How far the student is from the goal on all its examples: both terms and, in units of the goal, the hidden states' error."""
+    device = next(student.parameters()).device
+    total, count = torch.zeros(3, dtype=torch.float64), 0
+    for start in range(0, len(goal.examples), batch_size):
+        batch = collate(goal.examples[start : start + batch_size], goal.pad_id)
+        wanted = goal.teacher(batch, device)
+        found = look(student.eval(), layout.last_emulated, batch, device)
+        terms = [hidden_gap(wanted.hidden, found.hidden), wanted.hidden.square().sum(), kl(wanted.logits, found.logits)]
+        total += torch.stack(terms).double().cpu()
+        count += batch.num_supervised
+    hidden, norm, divergence = total.tolist()
+    return {"hidden": hidden / count, "relative": math.sqrt(hidden / norm), "kd": divergence / count}
 
 
 class Gap:

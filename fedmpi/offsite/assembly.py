@@ -5,16 +5,14 @@ It must never know what an adapter on the layers is: it works on the bare backbo
 
 import copy
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 
 from fedmpi.errors import ModelError
 from fedmpi.models.backbone import decoder_layers
+from fedmpi.offsite.modules import Again, renumber
 
-# What modules call their place among the layers. Key-value caches are kept by it.
-NUMBER = ("layer_idx", "layer_id", "layer_number")
 # Settings under which a layer computes something else in another place, so that it cannot be moved.
 IMMOVABLE = ("scale_attn_by_inverse_layer_idx",)
 
@@ -35,36 +33,34 @@ def find_layers(model: Any) -> tuple[str, torch.nn.ModuleList]:
 def assemble(model: Any, order: Sequence[int], stand_ins: Mapping[int, torch.nn.Module] | None = None) -> Any:
     """A model of the layers in `order`, of the same class, frozen; its tensors are in the same storage as the given model's.
 
-    `stand_ins` take the place of layers, by original number. A number that stands in `order` twice makes two layers with one set
-    of parameters. The given model is left as it is.
+    `stand_ins` take the place of layers, by original number. A layer that stands in `order` again is passed again. The given model
+    is left as it is.
     """
     path, layers = find_layers(model)
     _refuse_immovable(model, order)
-    memo: dict[int, Any] = {id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    memo |= {id(buffer): buffer for buffer in model.buffers()}
-    twin = copy.deepcopy(model, memo)
+    twin = copied(model)
     source = twin.get_submodule(path)
-    chosen: list[torch.nn.Module] = []
+    chosen: dict[int, torch.nn.Module] = {}
+    places: list[torch.nn.Module] = []
     for place, number in enumerate(order):
-        layer = (stand_ins or {}).get(number, source[number])
-        chosen.append(_numbered(_beside(layer, {id(model.config): twin.config, id(twin.config): twin.config}), place))
+        if number in chosen:
+            places.append(Again(chosen[number], place))
+            continue
+        stand_in = (stand_ins or {}).get(number)
+        chosen[number] = source[number] if stand_in is None else copied(stand_in, {id(model.config): twin.config})
+        renumber(chosen[number], place)
+        places.append(chosen[number])
     parent, _, name = path.rpartition(".")
-    setattr(twin.get_submodule(parent), name, torch.nn.ModuleList(chosen))
+    setattr(twin.get_submodule(parent), name, torch.nn.ModuleList(places))
     _shorten(_decoder(twin.config), len(layers), order)
     return twin.eval()
 
 
-def _beside(layer: torch.nn.Module, memo: Mapping[int, Any]) -> torch.nn.Module:
-    """The layer once more, as modules of its own around the same parameters."""
-    return copy.deepcopy(layer, {**memo, **{id(tensor): tensor for tensor in chain(layer.parameters(), layer.buffers())}})
-
-
-def _numbered(layer: torch.nn.Module, place: int) -> torch.nn.Module:
-    for module in layer.modules():
-        for name in NUMBER:
-            if isinstance(getattr(module, name, None), int):
-                setattr(module, name, place)
-    return layer
+def copied(module: Any, known: Mapping[int, Any] = {}) -> Any:
+    """A module of its own around the same storage; its parameters are new ones, so that either can be trained alone."""
+    memo: dict[int, Any] = {id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    memo |= {id(buffer): buffer for buffer in module.buffers()}
+    return copy.deepcopy(module, memo | dict(known))
 
 
 def _shorten(config: Any, num_layers: int, order: Sequence[int]) -> None:

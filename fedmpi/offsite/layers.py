@@ -6,8 +6,8 @@ exact arithmetic: a drop rate of 0.2 is one fifth, not the binary number next to
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -41,6 +41,15 @@ class Layout:
     def order(self) -> tuple[int, ...]:
         """The original number of each layer of the compressed model, from its first to its last."""
         return (*range(self.first), *self.emulator, *range(self.num_layers - self.last, self.num_layers))
+
+    @property
+    def last_emulated(self) -> int:
+        """The place in the compressed model where the emulator ends."""
+        return self.first + len(self.emulator) - 1
+
+    def keeping(self, numbers: Iterable[int]) -> "Layout":
+        """The same split with other layers in the emulator."""
+        return replace(self, emulator=tuple(numbers))
 
     def original(self, name: str) -> str:
         """The name on the original model of a tensor of the compressed one."""

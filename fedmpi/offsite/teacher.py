@@ -4,7 +4,7 @@ One pass gives both, without gradients. Where the adapter is at the model's end 
 changes: kept for a pool of texts, it saves every pass but that through the adapter.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,15 +102,26 @@ def _supervised(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
 def _output_of(model: torch.nn.Module, place: int) -> Iterator[list[torch.Tensor]]:
     """The hidden states that a layer gives while this lasts."""
     seen: list[torch.Tensor] = []
-
-    def remember(module: torch.nn.Module, given: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = find_layers(model)[1][place].register_forward_hook(remember)
-    try:
+    with watching([find_layers(model)[1][place]], lambda index, given, gave: seen.append(gave)):
         yield seen
+
+
+@contextmanager
+def watching(modules: Iterable[torch.nn.Module], see: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    """While this lasts, `see` is told the index of a module that is passed, what it was given, and what it gave."""
+
+    def hook(index: int) -> Any:
+        def tell(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            see(index, args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output)
+
+        return tell
+
+    handles = [module.register_forward_hook(hook(index), with_kwargs=True) for index, module in enumerate(modules)]
+    try:
+        yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

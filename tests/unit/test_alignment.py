@@ -94,18 +94,18 @@ def test_what_is_looked_at_is_the_layers_output_where_the_next_token_is_supervis
 def test_the_loss_is_the_sum_of_both_terms_over_supervised_positions():
     pair, batch = Pair(), collate(examples(3), PAD)
     wanted = Teacher(pair.full, pair.layout)(batch, CPU)
-    found = look(pair.student, len(pair.layout.emulator) - 1, batch, CPU)
+    found = look(pair.student, pair.layout.last_emulated, batch, CPU)
     terms = [float(term.detach()) for term in (hidden_gap(wanted.hidden, found.hidden), kl(wanted.logits, found.logits))]
     assert terms[0] > 0 and terms[1] > 0
     for kd_weight in (0.0, 0.5):
-        gap = Gap(Teacher(pair.full, pair.layout), len(pair.layout.emulator) - 1, kd_weight, "none")
+        gap = Gap(Teacher(pair.full, pair.layout), pair.layout.last_emulated, kd_weight, "none")
         assert float(gap(pair.student, batch, CPU).detach()) == pytest.approx(terms[0] + kd_weight * terms[1])
         assert [float(gap.hidden), float(gap.divergence)] == pytest.approx(terms)
 
 
 def test_the_gradient_of_the_divergence_passes_through_the_frozen_adapter():
     pair, batch = Pair(), collate(examples(3), PAD)
-    wanted, place = Teacher(pair.full, pair.layout)(batch, CPU), len(pair.layout.emulator) - 1
+    wanted, place = Teacher(pair.full, pair.layout)(batch, CPU), pair.layout.last_emulated
     kl(wanted.logits, look(pair.student, place, batch, CPU).logits).backward()
     named = dict(pair.student.named_parameters())
     moved = {name for name, parameter in named.items() if parameter.grad is not None and parameter.grad.abs().sum() > 0}
