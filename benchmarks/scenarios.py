@@ -26,7 +26,7 @@ from fedmpi.data.corpora import Row
 RESULTS = Path(__file__).parent / "results" / "scenarios.json"
 CORPORA = {"gsm8k": ("gsm8k", "iid", 3), "dolly": ("dolly15k", "meta", 8), "rosetta": ("rosetta", "meta", 9)}
 SCENARIOS = ("local", "fed", "global")
-RATES = (0.003, 0.01, 0.03)
+RATES = (0.001, 0.003, 0.01, 0.03)
 SEEDS = (1, 2, 3)
 
 

@@ -275,8 +275,8 @@ class Federation:
         ready = replace(client, owned=self._owned.of(client.id))  # type: ignore[type-var]
         trace, meter = "", Meter(self.device)
         try:
-            outcome: Update | Failure = work(ready)
-            outcome = replace(outcome, metrics={**outcome.metrics, **meter.figures()})
+            done = work(ready)
+            outcome: Update | Failure = replace(done, metrics={**done.metrics, **meter.figures()})
         except Aborted:
             raise
         except Exception as error:  # noqa: BLE001 - the one place where anything may be caught; printed or told below
