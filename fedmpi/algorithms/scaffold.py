@@ -77,6 +77,15 @@ def require(recipe: "Recipe") -> None:
         raise ConfigError(f"algorithm scaffold goes with rule mean, robust none and clients of one rank, not with {given}")
 
 
+def outline(config: Config, shapes: object, recipe: "Recipe") -> "models.Outline":
+    """For the plan: the control variates travel beside the adapter, both ways."""
+    from fedmpi.tensors import prefixed
+
+    plain = models.same_for_all(shapes, recipe.peft)
+    both = {**plain.up, **prefixed(CONTROL, dict(plain.up))}
+    return replace(plain, down=both, up=both)
+
+
 def build_server(config: Config, host: "Host") -> Server:
     """1: the adapter as it begins, and a control variate of zeros."""
     return Server(host, host.base.fresh, {name: tensor.new_zeros(tensor.shape) for name, tensor in host.base.fresh.items()})

@@ -5,10 +5,12 @@ import re
 
 import pytest
 
-from fedmpi import models, plan, recipe
+from fedmpi import models, recipe
 from fedmpi.models import PeftConfig
 from fedmpi.offsite import Config as OffsiteConfig
 from fedmpi.offsite.outline import outline
+from fedmpi.plan import figures
+from fedmpi.plan.__main__ import main
 
 LLAMA_7B = {
     **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 4096},
@@ -52,7 +54,7 @@ def read(*arguments):
 def test_messages_of_fs_llms_table_4(llama_7b, settings, parameters, mebibytes):
     """Its 21.40, 256.48 and 0.17 are these in base64, and 551 bytes for each tensor (reference: a run of its program)."""
     shapes = models.load_shapes(models.Config(path=str(llama_7b), dtype="float16"))
-    message = plan.message(models.same_for_all(shapes, PeftConfig(**settings)).up)
+    message = figures.message(models.same_for_all(shapes, PeftConfig(**settings)).up)
     size = sum(tensor.bytes for tensor in message)
     assert size == 4 * parameters and f"{size / 2**20:.3f}" == mebibytes
 
@@ -67,26 +69,24 @@ TABLE_5 = [  # drop rate, adapter first and last, does the emulator's LoRA trave
 ]
 
 
-@pytest.mark.parametrize(("settings", "figures"), TABLE_5)
-def test_table_5_of_fedbiot(llama_7b, settings, figures):
+@pytest.mark.parametrize(("settings", "expected"), TABLE_5)
+def test_table_5_of_fedbiot(llama_7b, settings, expected):
     drop_rate, first, last, travels = settings
     shapes = models.load_shapes(models.Config(path=str(llama_7b), dtype="bfloat16"))
     wanted = OffsiteConfig(drop_rate=drop_rate, adapter_first=first, adapter_last=last)
     found = outline(wanted, shapes, PeftConfig(rank=8, alpha=16), emulator_travels=travels)
-    down, up = (sum(tensor.bytes for tensor in plan.message(sent)) for sent in (found.down, found.up))
-    side = plan.client_side(read()[0], found.client, 6_738_415_616)
+    down, up = (sum(tensor.bytes for tensor in figures.message(sent)) for sent in (found.down, found.up))
+    side = figures.client_side(read()[0], found.client, 6_738_415_616)
     gflop = f"{side.paper_macs_per_token / 1e9:.2f}"
-    assert (side.layers, f"{side.trained_parameters / 1e6:.3f}", gflop, f"{(down + up) / 1e6:.2f}") == figures
-    assert side.disclosed_share == pytest.approx((figures[0] * 202_383_360 + 2 * 32000 * 4096 + 4096) / 6_738_415_616)
+    assert (side.layers, f"{side.trained_parameters / 1e6:.3f}", gflop, f"{(down + up) / 1e6:.2f}") == expected
+    assert side.disclosed_share == pytest.approx((expected[0] * 202_383_360 + 2 * 32000 * 4096 + 4096) / 6_738_415_616)
     assert sum(t.numel() for t in found.once.values()) == round(side.disclosed_share * 6_738_415_616)
     assert side.flops_per_token > 2 * side.paper_macs_per_token
 
 
 def test_the_plan_of_a_recipe(small):
-    wanted, own = read(
-        f"--model.path={small}", "--clients=5", "--clients_per_round=2", "--peft.rank=4", "--model.dtype=bfloat16", "--link_mbps=8"
-    )
-    found = plan.build(wanted, own, ranks=3)
+    asked = ("--clients=5", "--clients_per_round=2", "--peft.rank=4", "--model.dtype=bfloat16", "--link_mbps=8")
+    found = figures.build(*read(f"--model.path={small}", *asked), ranks=3)
     server, client = found.sides
     size = 4 * 5 * 2 * 4 * (32 + 32)  # layers, query and value, rank
     assert (found.down_bytes, found.up_bytes, found.once_bytes, found.cohort) == (size, size, 0, 2)
@@ -99,9 +99,28 @@ def test_the_plan_of_a_recipe(small):
     assert client.paper_macs_per_token == (5 + 4) * (layer - 64 + size // 20) + 5 * size // 20
 
 
+def test_rules_and_ranks_change_what_goes_up(small):
+    size = {"A": 4 * 5 * (8 * 32 + 8 * 32), "B": 4 * 5 * (32 * 8 + 32 * 8)}
+    for rule, even, odd in (("ffa", "B", "B"), ("rolora", "B", "A"), ("fedex", "AB", "AB")):
+        found = figures.build(*read(f"--model.path={small}", f"--aggregation.rule={rule}"))
+        assert (found.up_bytes, found.up_odd_bytes) == (sum(size[f] for f in even), sum(size[f] for f in odd))
+        assert found.down_bytes == size["A"] + size["B"] and found.folds == (rule == "fedex")
+    ffa, mean = (figures.build(*read(f"--model.path={small}", f"--aggregation.rule={rule}")) for rule in ("ffa", "mean"))
+    assert ffa.sides[1].flops_per_token < mean.sides[1].flops_per_token
+    found = figures.build(*read(f"--model.path={small}", "--peft.client_ranks=2,8", "--aggregation.rule=flora"))
+    assert found.up_bytes_by_rank == {2: found.up_bytes // 4, 8: found.up_bytes}
+
+
+def test_scaffolds_control_variates_travel_too(small):
+    found = figures.build(*read(f"--model.path={small}", "--algorithm=scaffold", "--train.optimizer=sgd"))
+    plain = figures.build(*read(f"--model.path={small}", "--train.optimizer=sgd"))
+    assert (found.down_bytes, found.up_bytes) == (2 * plain.down_bytes, 2 * plain.up_bytes)
+    assert found.sides[1].trained_parameters == plain.sides[1].trained_parameters
+
+
 def test_what_is_printed(small, capsys):
     command = [f"--model.path={small}", "--peft.method=prompt", "--data.name=fed-dolly", "--data.max_length=64", "--link_mbps=1"]
-    assert plan.main(command) == 0
+    assert main(command) == 0
     said = capsys.readouterr().out
     for part in (
         "prompt_encoder.default.embedding.weight",
@@ -112,14 +131,14 @@ def test_what_is_printed(small, capsys):
         "rank 8",
     ):
         assert part in said
-    assert plan.main([*command, "--json"]) == 0
+    assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["up"] == [{"name": "prompt_encoder.default.embedding.weight", "shape": [20, 32], "bytes": 2560}]
     assert found["round_s"] == 8 * 2 * 2560 / 1e6 and found["sides"][1]["paper_macs_per_token"] is None
 
 
 def test_clients_that_only_the_data_know(small, capsys):
-    assert plan.main([f"--model.path={small}", "--data.name=alpaca", "--data.max_length=64"]) == 0
+    assert main([f"--model.path={small}", "--data.name=alpaca", "--data.max_length=64"]) == 0
     assert "as many as the data have" in capsys.readouterr().out
 
 
@@ -135,7 +154,7 @@ def test_clients_that_only_the_data_know(small, capsys):
     ],
 )
 def test_what_cannot_be_is_one_clear_line(small, capsys, arguments, words):
-    assert plan.main([f"--model.path={small}", "--data.max_length=64", *arguments]) in (1, 2)
+    assert main([f"--model.path={small}", "--data.max_length=64", *arguments]) in (1, 2)
     [line] = capsys.readouterr().err.strip().splitlines()
     assert re.search(words, line)
 
