@@ -27,7 +27,7 @@ import torch
 import xxhash
 
 from fedmpi.errors import ProtocolError
-from fedmpi.tensors import Tensors
+from fedmpi.tensors import Tensors, room
 
 MAGIC = b"FMPI"
 VERSION = 2
@@ -339,7 +339,7 @@ class Packed:
         """The bytes of a slice, as a tensor."""
         if self._whole is not None:
             return self._whole[start:stop]
-        made = torch.empty(stop - start, dtype=torch.uint8)
+        made = room(stop - start, torch.uint8)
         places = self._manifest.places
         for spec, there in places[bisect_right(places, start, key=lambda one: one[1].stop) :]:
             if there.start >= stop:

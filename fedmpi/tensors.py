@@ -3,26 +3,65 @@
 import hashlib
 import mmap
 import os
+import sys
+import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
 Tensors = dict[str, torch.Tensor]
-HUGE_BYTES = 32 << 20  # glibc's malloc keeps less than that for the next use
+LARGE_BYTES = 1 << 20
+KEPT_S = 60.0  # after that, idle memory goes back to the system when memory of another size is asked for
 
 
-def zeros(num: int, dtype: torch.dtype) -> torch.Tensor:
-    """So many zeros. Memory that the allocator would take from the system anew each time comes in huge pages, where there are any:
-    to touch pages of the usual size for the first time costs more than most of what is done with them."""
-    if num * dtype.itemsize < HUGE_BYTES:
-        return torch.zeros(num, dtype=dtype)
-    memory = mmap.mmap(-1, num * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def room(num: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for so many elements, with whatever was in it before.
+
+    Large memory that nobody holds any more is used again, and lies in huge pages where there are any: to touch pages that are new
+    to the process costs more than most of what is done with them, and malloc gives large ones back to the system after each use.
+    """
+    size, now = num * dtype.itemsize, time.monotonic()
+    if size < LARGE_BYTES:
+        return torch.empty(num, dtype=dtype)
+    with _lock:
+        idle = [one for one in _rooms if one.num_holders() == _IDLE]
+        found = next((one for one in idle if size <= len(one.memory) <= 2 * size), None)
+        if found is None:
+            for one in idle:
+                if now - one.used > KEPT_S:
+                    _rooms.remove(one)
+            _rooms.append(found := _Room(_huge(size)))
+        found.used = now
+        return torch.frombuffer(found.memory, dtype=dtype, count=num)
+
+
+def _huge(size: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
+    return memory
+
+
+@dataclass(eq=False)
+class _Room:
+    """A piece of memory. Whatever lies in it, a tensor, a view of one, or a message under way, holds a reference to it."""
+
+    memory: mmap.mmap
+    used: float = 0.0
+
+    def num_holders(self) -> int:
+        """This object and the call count too."""
+        return sys.getrefcount(self.memory)
+
+
+_rooms: list[_Room] = []
+_lock = threading.Lock()
+_IDLE = _Room(_huge(1)).num_holders()
 
 
 def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:

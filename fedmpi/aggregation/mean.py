@@ -23,7 +23,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from fedmpi.errors import NonFinite, TrainingError
-from fedmpi.tensors import Tensors, same_names, zeros
+from fedmpi.tensors import Tensors, room, same_names
 
 _LIMIT = 2.0**53
 _BLOCK = 1 << 16  # elements; a block, its sums and its source stay in the second-level cache together
@@ -73,7 +73,7 @@ def exact_mean(updates: Iterable[Weighted] | Streamed, scale: int) -> Tensors:
     sums: _Sums | None = None
     for piece in updates.pieces() if isinstance(updates, Streamed) else _pieces(updates):
         if sums is None:
-            sums = _Sums(piece.like, scale, zeros(sum(tensor.numel() for tensor in piece.like.values()), torch.float64))
+            sums = _Sums(piece.like, scale, room(sum(tensor.numel() for tensor in piece.like.values()), torch.float64))
         sums.add(piece)
     if sums is None or not sum(sums.weights.values()):
         raise TrainingError("the exact mean needs at least one update with a positive weight, found none")
@@ -159,8 +159,9 @@ class _Sums:
 
     like: Tensors
     scale: int
-    values: torch.Tensor
+    values: torch.Tensor  # of which the first `_num_begun` count: the others are cleared when they are first added to
     weights: dict[int, int] = field(default_factory=dict)  # by update
+    _num_begun: int = 0
     _most: dict[int, float] = field(default_factory=dict)  # by update, the largest magnitude so far, in grid steps
     _block: torch.Tensor = field(default_factory=lambda: torch.empty(_BLOCK, dtype=torch.float64))
 
@@ -174,13 +175,17 @@ class _Sums:
             self.weights[piece.update], self._most[piece.update] = piece.weight, 0.0
         factor = math.ldexp(piece.weight, self.scale)
         others = sum(most for update, most in self._most.items() if update != piece.update) + len(self._most)
-        sums = self.values[piece.first : piece.first + piece.values.numel()]
-        for part, sum_ in zip(torch.split(piece.values, _BLOCK), torch.split(sums, _BLOCK), strict=True):
+        stop = piece.first
+        for part in torch.split(piece.values, _BLOCK):
+            start, stop = stop, stop + part.numel()
             most = max(self._most[piece.update], _magnitude(part) * factor)
             if not others + most < _LIMIT:
                 self._refuse(piece)
             self._most[piece.update] = most
-            sum_.add_(self._block[: part.numel()].copy_(part).mul_(factor).round_())
+            if stop > self._num_begun:
+                self.values[self._num_begun : stop].zero_()
+                self._num_begun = stop
+            self.values[start:stop].add_(self._block[: part.numel()].copy_(part).mul_(factor).round_())
 
     def _refuse(self, piece: Piece) -> None:
         start = 0
@@ -201,7 +206,7 @@ class _Sums:
         for dtype, same in itertools.groupby(self.like.items(), key=lambda item: item[1].dtype):
             tensors = dict(same)
             sizes = [tensor.numel() for tensor in tensors.values()]
-            quotient = zeros(sum(sizes), dtype)
+            quotient = room(sum(sizes), dtype)
             for part, sum_ in zip(
                 torch.split(quotient, _BLOCK), torch.split(self.values[start : start + len(quotient)], _BLOCK), strict=True
             ):

@@ -24,7 +24,7 @@ from fedmpi.federation.updates import Failure, Outcome, Update
 from fedmpi.ledger import Ledger
 from fedmpi.messages import Kind
 from fedmpi.round import Placement, Round
-from fedmpi.tensors import num_bytes, zeros
+from fedmpi.tensors import num_bytes, room
 from fedmpi.transports.inbox import Message
 
 MOST_WHOLE = 2  # updates that are put together at a time; the others wait on their links
@@ -130,7 +130,7 @@ class Arrivals:
             update, ends = self._update(message), message.last
             if message.payload is not None and not (ends and not message.first):
                 if message.peer not in filling:
-                    filling[message.peer] = zeros(message.header.length, torch.uint8)
+                    filling[message.peer] = room(message.header.length, torch.uint8)
                 filling[message.peer][message.first :][: message.payload.numel()].copy_(message.payload)
             if ends:
                 self._missing.discard(update.client)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fedmpi.messages import Header
-from fedmpi.tensors import zeros
+from fedmpi.tensors import room
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Message:
     payload: torch.Tensor | None
     note: bytes = b""
     first: int = 0
-    _give: Callable[[bool], None] | None = field(default=None, repr=False)
+    _give: Callable[[], None] | None = field(default=None, repr=False)
 
     @property
     def last(self) -> bool:
@@ -39,13 +39,13 @@ class Message:
         """Hand the payload's buffer back. May be called twice."""
         give, self._give, self.payload = self._give, None, None
         if give is not None:
-            give(True)
+            give()
 
     def keep(self) -> torch.Tensor | None:
         """The payload; its buffer belongs to the caller from now on."""
         give, self._give = self._give, None
         if give is not None:
-            give(False)
+            give()
         return self.payload
 
 
@@ -57,8 +57,7 @@ class Inbox:
         self._messages: deque[Message] = deque()
         self._awaited: list[frozenset[int]] = []
         self._filling: dict[int, torch.Tensor] = {}  # by the peer whose message is on its way into the buffer
-        self._free: list[torch.Tensor] = []
-        self._in_use = self._most_free = 0
+        self._in_use = 0
 
     def take(self, peer: int, num_bytes: int, num_buffers: int, unwanted: Callable[[], bool]) -> torch.Tensor | None:
         """Wait for one of so many buffers for what comes from `peer`; None as soon as that is unwanted."""
@@ -66,8 +65,8 @@ class Inbox:
             self._state.wait_for(lambda: unwanted() or self._may_take(peer, num_buffers))
             if unwanted():
                 return None
-            self._in_use, self._most_free = self._in_use + 1, num_buffers
-            self._filling[peer] = self._buffer(num_bytes)
+            self._in_use += 1
+            self._filling[peer] = room(num_bytes, torch.uint8)
             return self._filling[peer]
 
     def _may_take(self, peer: int, num_buffers: int) -> bool:
@@ -80,35 +79,24 @@ class Inbox:
         there = self._filling.keys() | {message.peer for message in self._messages}
         return any(peer in wanted and wanted.isdisjoint(there) for wanted in self._awaited)
 
-    def _buffer(self, num_bytes: int) -> torch.Tensor:
-        for index, buffer in enumerate(self._free):
-            if buffer.numel() >= num_bytes:
-                return self._free.pop(index)
-        if self._free:
-            self._free.pop(0)  # too short for what is sent now
-        return zeros(num_bytes, torch.uint8)
-
-    def give(self, buffer: torch.Tensor, back: bool) -> None:
-        """A buffer is not in use any more: it is to be used again, or belongs to somebody else."""
+    def give(self) -> None:
+        """A buffer is not in use any more; its memory is taken again once nobody holds it."""
         with self._state:
             self._in_use -= 1
-            if back and len(self._free) < self._most_free:
-                self._free.append(buffer)
             self._state.notify_all()
 
     def spoil(self, peer: int) -> None:
         """A message from `peer` that was on its way will not come."""
         with self._state:
             if self._filling.pop(peer, None) is not None:
-                self._in_use -= 1  # the buffer is not used again: the wire's library may still write into it
+                self._in_use -= 1  # its memory is not used again while the wire's library, which may still write there, holds it
                 self._state.notify_all()
 
     def put(self, message: Message) -> None:
         """A whole message has come, or a part of one."""
         with self._state:
-            buffer = self._filling.pop(message.peer, None)
-            if buffer is not None:
-                message._give = lambda back: self.give(buffer, back)
+            if self._filling.pop(message.peer, None) is not None:
+                message._give = self.give
             self._messages.append(message)
             self._state.notify_all()
 

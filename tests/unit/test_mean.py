@@ -183,9 +183,9 @@ def test_adapters_of_all_sizes_take_the_same_arithmetic(monkeypatch: pytest.Monk
     updates = [Sent({n: t.repeat(40) if n == "b" else t for n, t in u.tensors.items()}, u.weight) for u in drawn(5, 4)]
     scale = scale_of(updates)
     expected = exact_mean(updates, scale)
-    for block, huge in ((8, 1), (16, 1 << 30), (1 << 15, 1)):
+    for block, large in ((8, 1), (16, 1 << 30), (1 << 15, 1)):
         monkeypatch.setattr(module, "_BLOCK", block)
-        monkeypatch.setattr(fedmpi.tensors, "HUGE_BYTES", huge)
+        monkeypatch.setattr(fedmpi.tensors, "LARGE_BYTES", large)
         assert same(exact_mean(updates, scale), expected)
 
 
