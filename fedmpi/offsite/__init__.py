@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from fedmpi.offsite.builders import build as build
     from fedmpi.offsite.layers import Layout as Layout
     from fedmpi.offsite.layers import layout as layout
+    from fedmpi.offsite.preparation import prealign as prealign
     from fedmpi.offsite.proximal import Proximal as Proximal
 
-Builder = Literal["uniform", "influence", "shared", "thin", "quantized"]
+Builder = Literal["uniform", "influence", "shared", "thin", "quantized", "distilled"]
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,14 @@ class Config:
 
     Args:
         builder: uniform drops layers at equal distances; influence those that change the hidden state least; shared lets neighbours
-            share one; thin keeps them all, in factors and with fewer channels; quantized is uniform in few bits
+            share one; thin keeps them all, in factors and with fewer channels; quantized is uniform in few bits; distilled is
+            uniform with all its weights trained by pre-alignment
         drop_rate: share of the layers between the adapters that is dropped; thin: of the weights in each of them
         bits: of a weight (quantized)
         adapter_first: layers of the adapter at the model's beginning; default 0 with fedbiot, 2 with fedot
         adapter_last: layers of the adapter at the model's end; default 2
         emulator: a folder with an emulator that is aligned already, such as RUN_DIR/emulator; nothing is built then
-        prealign_steps: steps of alignment before round 0, merged into the emulator
+        prealign_steps: steps of alignment before round 0, by LoRA that is then merged into the emulator
         align_steps: steps of alignment at the start of every round
         align_lr: learning rate of the alignment
         align_batch_size: public examples of a step
@@ -80,6 +82,8 @@ class Config:
             raise ConfigError(f"offsite.drop_rate is {self.drop_rate}: it must be at least 0 and less than 1")
         if self.builder not in get_args(Builder):
             raise ConfigError(f"offsite.builder is {self.builder!r}: allowed are {', '.join(get_args(Builder))}")
+        if self.builder == "distilled" and not self.prealign_steps:
+            raise ConfigError("offsite.builder is distilled and offsite.prealign_steps 0: give steps to distil in, or take uniform")
         if self.adapter_first == self.adapter_last == 0:
             raise ConfigError(
                 "offsite.adapter_first and offsite.adapter_last are both 0: nothing would be trained, give one of them"
@@ -98,6 +102,7 @@ __getattr__ = door(
         **dict.fromkeys(("assemble", "find_layers"), "assembly"),
         **dict.fromkeys(("Emulator", "build"), "builders"),
         **dict.fromkeys(("goal", "Goal", "align", "Aligned"), "alignment"),
+        "prealign": "preparation",
         "Proximal": "proximal",
     },
 )

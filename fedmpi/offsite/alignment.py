@@ -110,7 +110,9 @@ class Gap:
         self.hidden = self.divergence = torch.zeros(())
 
     def __call__(self, model: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
-        """The sum over the batch's supervised positions."""
+        """The sum over the batch's supervised positions. Without dropout, which the teacher has not either."""
+        if model.training:
+            model.eval()
         wanted = self.teacher(batch, device)
         found = look(model, self.place, batch, device)
         hidden = hidden_gap(wanted.hidden, found.hidden, self.normalise)

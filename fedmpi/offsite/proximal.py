@@ -40,7 +40,7 @@ class Proximal(Hook):
         """The squared distance to what was received."""
         alone = dict.fromkeys(self._received)
         total = torch.zeros((), device=next(iter(alone)).device)
-        for a, b, scale in factors(model):
+        for _, a, b, scale in factors(model):
             if a in alone or b in alone:
                 total = total + scale**2 * squared_product_gap(a, b, self._before(a), self._before(b))
                 alone.pop(a, None)
@@ -62,9 +62,9 @@ def squared_product_gap(a: torch.Tensor, b: torch.Tensor, a_before: torch.Tensor
     return ((left.T @ left) * (right @ right.T)).sum()
 
 
-def factors(model: torch.nn.Module) -> Iterator[tuple[Any, Any, float]]:
-    """A, B and the scale of every LoRA module."""
+def factors(model: torch.nn.Module) -> Iterator[tuple[Any, Any, Any, float]]:
+    """Every LoRA module with its A, B and scale."""
     modules: Iterator[Any] = model.modules()
     for module in modules:
         if ADAPTER in getattr(module, "lora_A", {}):
-            yield module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, module.scaling[ADAPTER]
+            yield module, module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, module.scaling[ADAPTER]

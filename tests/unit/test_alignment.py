@@ -160,6 +160,12 @@ def test_the_optimiser_is_kept_under_original_names_and_goes_on():
     assert values(kept.student) != values(fresh.student)
 
 
+def test_a_models_own_dropout_is_off():
+    """GPT-2 has a tenth of it; a student with it would be told to make up for noise."""
+    pair = Pair(decoder("gpt2"), replace(CONFIG, drop_rate=0.0))
+    assert pair.align(steps=1).figures["align_loss"] == pytest.approx(0, abs=1e-6)
+
+
 def test_no_steps_leave_everything_as_it_is():
     pair = Pair()
     before, state = values(pair.student), pair.align(steps=1).state

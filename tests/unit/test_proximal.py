@@ -59,13 +59,13 @@ def test_the_gradient_is_that_of_the_dense_form_and_of_finite_differences():
             else 1e-2 * torch.randn_like(parameter)
         )
     (0.7 / 2 * hook.distance(model)).backward()
-    for a, b, scale in factors(model):
+    for _, a, b, scale in factors(model):
         assert scale == 2.0  # alpha 8, rank 4
         twins = [w.detach().double().requires_grad_() for w in (a, b)]
         (0.7 / 2 * scale**2 * dense(*twins, received[a], received[b])).backward()
         for found, twin in zip((a, b), twins, strict=True):
             torch.testing.assert_close(found.grad.double(), twin.grad, rtol=1e-4, atol=1e-7)
-    a, b, scale = next(factors(model))
+    _, a, b, scale = next(factors(model))
     for parameter, place in ((a, (1, 3)), (b, (5, 2))):
         values = []
         for sign in (1, -1):
@@ -140,11 +140,11 @@ def test_without_lora_it_is_the_distance_of_weights():
 
 def test_with_one_factor_frozen_the_other_is_pulled_by_the_product():
     model, hook = adapted(), Proximal(1.0)
-    for a, _, _ in factors(model):
+    for _, a, _, _ in factors(model):
         a.requires_grad_(False)
     hook.before_fit(model)
-    before = {b: b.detach().clone() for _, b, _ in factors(model)}
+    before = {b: b.detach().clone() for _, _, b, _ in factors(model)}
     for b in before:
         b.data += 0.01
-    expected = sum(scale**2 * float(dense(a, b, a, before[b])) for a, b, scale in factors(model))
+    expected = sum(scale**2 * float(dense(a, b, a, before[b])) for _, a, b, scale in factors(model))
     assert float(hook.distance(model).detach()) == pytest.approx(expected, rel=1e-5)
