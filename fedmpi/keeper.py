@@ -142,6 +142,7 @@ class Keeper:
             **self.fed.close_books(),
             "wait_s": outcome.wait_s,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "skipped": {c: m["skipped"] for c, m in sorted(outcome.metrics.items()) if m.get("skipped")},
             "client_losses": {c: m["loss"] for c, m in sorted(outcome.metrics.items())},
             "client_costs": costs,
         }

@@ -191,7 +191,7 @@ def _whole_numbers(key: str, text: str) -> tuple[int, ...]:
 
 def read(arguments: Sequence[str], program: str, about: str) -> tuple[Recipe, Any]:
     """The recipe and the algorithm's own settings from a command line; none at all means the packaged quickstart."""
-    arguments = list(arguments) or ["--config", "builtin:quickstart"]
+    arguments = [_spelt_out(argument) for argument in arguments] or ["--config", "builtin:quickstart"]
     module = algorithm(_named(arguments))
     group = module.__name__.rsplit(".", 1)[-1]
     has_settings = bool(fields(module.Config))
@@ -201,6 +201,12 @@ def read(arguments: Sequence[str], program: str, about: str) -> tuple[Recipe, An
     if hasattr(module, "require"):
         module.require(recipe)
     return recipe, getattr(namespace, group) if has_settings else module.Config()
+
+
+def _spelt_out(argument: str) -> str:
+    """--on_nonfinite is a word of the federation, like --on_quorum_lost; what it sets is done in training."""
+    key, equals, value = argument.partition("=")
+    return f"--train.on_nonfinite{equals}{value}" if key == "--on_nonfinite" else argument
 
 
 def algorithm(name: str) -> ModuleType:

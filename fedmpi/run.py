@@ -91,6 +91,7 @@ class Program:
         """Gives the exit code, the same on every rank."""
         path = self._path()
         with ExitStack() as held:
+            training.check(self.recipe.train)
             training.load_hooks(self.recipe.train.hooks)  # a wrong name fails now, not in every client's turn
             if self.world.rank == 0:
                 held.enter_context(self._claimed(path))

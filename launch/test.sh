@@ -9,7 +9,7 @@ tier="not slow"
 if [ "${1:-}" = --all ]; then tier=""; shift; fi
 
 left_out=()
-setup mpi dev
+setup mpi dev deepspeed quant
 
 # Slurm's daemons and the library behind srun --mpi=pmix; the tests start them with a configuration of their own.
 packages=(munge slurmctld slurmd slurm-client libpmix2 iproute2 util-linux)

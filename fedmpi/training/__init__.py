@@ -21,18 +21,21 @@ if TYPE_CHECKING:
     from fedmpi.training.loop import Fit as Fit
     from fedmpi.training.loop import fit as fit
     from fedmpi.training.optim import OptimState as OptimState
+    from fedmpi.training.zero import check as check
 
 Optimizer = Literal["adamw", "adam", "sgd"]
 Schedule = Literal["constant", "cosine", "linear"]
-Precision = Literal["fp32", "bf16"]
-EngineName = Literal["plain", "ddp"]
+Precision = Literal["fp32", "bf16", "fp16", "half"]
+EngineName = Literal["plain", "ddp", "deepspeed"]
 StateBetweenTurns = Literal["fresh", "keep"]
+OnNonfinite = Literal["fail", "skip"]
 _CHOICES: Mapping[str, object] = {
     "optimizer": Optimizer,
     "schedule": Schedule,
     "precision": Precision,
     "engine": EngineName,
     "optimizer_state": StateBetweenTurns,
+    "on_nonfinite": OnNonfinite,
 }
 
 
@@ -52,9 +55,15 @@ class Config:
         warmup_steps: steps over which the rate rises to lr, at the start of every turn.
         clip_norm: largest norm of the gradient; 0 or null is off.
         accumulation: micro-batches of a step; the loss is divided once, by all their supervised tokens.
-        precision: fp32, or bf16 for autocast; trained weights stay as they are.
-        engine: plain, or ddp among the ranks of a clustered client.
+        precision: fp32; bf16 or fp16 for autocast, fp16 with a scaled loss: trained weights stay in fp32; half: everything in
+            the base's type, float16 or bfloat16, optimiser state too, the loss unscaled.
+        checkpointing: keep a layer's input alone and compute the layer again in the backward pass: less memory, more time.
+        engine: plain, or among the ranks of a clustered client ddp or deepspeed.
+        zero_stage: what deepspeed shares out among a client's ranks: 1 optimiser state, 2 gradients too (default), 3 weights too.
+        zero_offload: keep the optimiser's state, and its work, on the CPU (deepspeed).
+        deepspeed: a JSON file with further settings of DeepSpeed; it may not contradict the recipe.
         optimizer_state: fresh in every turn, or keep, as state that the client owns.
+        on_nonfinite: what a loss or gradient that is not finite does: fail the client's turn, or skip the step (--on_nonfinite).
         hooks: dotted names of hook classes, a list or joined by commas, called in this order.
     """
 
@@ -70,8 +79,13 @@ class Config:
     clip_norm: float | None = 1.0
     accumulation: int = 1
     precision: Precision = "fp32"
+    checkpointing: bool = False
     engine: EngineName = "plain"
+    zero_stage: Literal[1, 2, 3] | None = None
+    zero_offload: bool = False
+    deepspeed: str | None = None
     optimizer_state: StateBetweenTurns = "fresh"
+    on_nonfinite: OnNonfinite = "fail"
     hooks: tuple[str, ...] | str = ()
 
     def __post_init__(self) -> None:
@@ -89,6 +103,13 @@ class Config:
         for key, choice in _CHOICES.items():
             names = get_args(choice)
             _expect(self, key, names.__contains__, f"one of {', '.join(names)}")
+        if self.engine != "deepspeed":
+            for key in ("zero_stage", "zero_offload", "deepspeed"):
+                _expect(self, key, lambda value: not value, f"nothing with train.engine {self.engine}: it belongs to deepspeed")
+        else:
+            _expect(self, "zero_stage", (None, 1, 2, 3).__contains__, "1, 2 or 3")
+            _expect(self, "precision", ("fp32", "bf16").__contains__, "fp32 or bf16 with train.engine deepspeed")
+            _expect(self, "optimizer_state", "fresh".__eq__, "fresh with train.engine deepspeed, which keeps it in parts")
 
 
 def _expect(config: Config, key: str, allowed: Callable[..., bool], words: str) -> None:
@@ -104,5 +125,6 @@ __getattr__ = door(
         **dict.fromkeys(("Hook", "Step", "load_hooks"), "hooks"),
         **dict.fromkeys(("InnerWorld", "Host", "host", "join"), "inner"),
         "OptimState": "optim",
+        "check": "zero",
     },
 )

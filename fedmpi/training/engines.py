@@ -5,25 +5,30 @@ K ranks with batch b give the step of one rank with batch K * b.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from fedmpi.data.batching import Batch
 from fedmpi.errors import TrainingError
 from fedmpi.models.logits import IGNORED
+from fedmpi.training import Config
+from fedmpi.training.hooks import Hook
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A model to call forward, and this rank's place among those that train it."""
+    """A model to call forward, what happens from there to the moved weights, and this rank's place among those that train it."""
 
     model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: GradScaler  # does nothing unless the precision is fp16
     rank: int = 0
     size: int = 1
     quiet: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -48,24 +53,64 @@ class Engine:
             dist.all_reduce(values)
         return values
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of this rank's part of a step's loss."""
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def ready(self) -> None:
+        """All parts are in: from here on gradients are those of the loss, whatever it was scaled by."""
+        self.scaler.unscale_(self.optimizer)
+
+    def clip(self, most: float | None) -> torch.Tensor:
+        """The norm of the gradient, which is clipped to `most`; 0 where clipping is off, and where fp16 will leave the step out."""
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not most:
+            return torch.zeros((), device=trained[0].device)
+        norm = torch.nn.utils.clip_grad_norm_(trained, most).float()
+        return norm.nan_to_num(0, 0, 0) if self.scaler.is_enabled() else norm
+
+    def step(self) -> None:
+        """Move the weights."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def clear(self) -> None:
+        """No gradient is left."""
+        self.optimizer.zero_grad()
+
+    def admit(self, hooks: Sequence[Hook]) -> None:
+        """Refuse hooks that this engine cannot serve."""
+
+    def gather(self) -> None:
+        """Make what was trained whole on every rank: here it is."""
+
     def close(self) -> None:
         """Let go of the process group now: while anything holds it, the other members do not see that this one left."""
         if isinstance(self.model, DistributedDataParallel):
             del self.model.reducer, self.model.logger, self.model.process_group
 
 
-def start(name: str, model: torch.nn.Module, device: torch.device) -> Engine:
-    """The engine of that name around a model whose weights are equal on all its ranks."""
-    if name == "plain":
-        return Engine(model)
+def start(config: Config, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Engine:
+    """The configured engine around a model whose weights are equal on all its ranks."""
+    plain = Engine(model, optimizer, GradScaler(device.type, enabled=config.precision == "fp16"))
+    if config.engine == "plain":
+        return plain
     if not dist.is_initialized():
-        raise TrainingError("train.engine ddp needs a client with ranks of its own: ask for ranks_per_client or groups")
-    if dist.get_world_size() == 1:
-        return Engine(model)
+        raise TrainingError(
+            f"train.engine {config.engine} needs a client with ranks of its own: ask for ranks_per_client or groups"
+        )
+    if config.engine == "deepspeed":
+        from fedmpi.training import deepspeed
+
+        return deepspeed.start(config, plain, device)
+    return plain if dist.get_world_size() == 1 else _ddp(plain, device)
+
+
+def _ddp(plain: Engine, device: torch.device) -> Engine:
     # The base is the same file on every rank and the adapter came by the leader: sending both again would cost a model.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the successor of broadcast_buffers is younger than our oldest torch
         wrapped = DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, init_sync=False, broadcast_buffers=False
+            plain.model, device_ids=[device] if device.type == "cuda" else None, init_sync=False, broadcast_buffers=False
         )
-    return Engine(wrapped, dist.get_rank(), dist.get_world_size(), wrapped.no_sync)
+    return replace(plain, model=wrapped, rank=dist.get_rank(), size=dist.get_world_size(), quiet=wrapped.no_sync)

@@ -5,8 +5,9 @@ client's store; the federation carries its address to the members. It must never
 it never reads or writes a launcher's variables.
 """
 
+import gc
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -21,6 +22,8 @@ from torch import distributed as dist
 from fedmpi.errors import PeerLost, WorldError
 from fedmpi.messages import Manifest, Packed, manifest_of, unpack
 from fedmpi.tensors import Tensors
+
+ON_LEAVING: list[Callable[[], None]] = []  # lets go of what a library keeps of the process group
 
 
 class Host:
@@ -85,6 +88,9 @@ class InnerWorld:
 
     def leave(self) -> None:
         """Let go of the process group; a member that waits in a collective sees it at once."""
+        for let_go in ON_LEAVING:
+            let_go()
+        gc.collect()  # what an engine leaves behind after a failure may hold the group as well
         if dist.is_initialized():
             dist.destroy_process_group()
 

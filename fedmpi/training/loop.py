@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -18,6 +19,7 @@ from fedmpi.seeding import seed_everything, seed_for
 from fedmpi.training import Config, engines, optim
 from fedmpi.training.engines import Engine
 from fedmpi.training.hooks import Hook, Step, load_hooks
+from fedmpi.training.precision import autocast, prepared
 
 # From a model, a batch and the model's device to the sum of a loss over the batch's supervised tokens, in fp32.
 Loss = Callable[[torch.nn.Module, Batch, torch.device], torch.Tensor]
@@ -35,7 +37,8 @@ class Fit:
     """What a client's training came to; losses are means over supervised tokens, counts are of all the client's ranks.
 
     `flops` is closed-form: two operations per weight and token forward, two backward, two more for weights that are
-    trained; attention scores and embedding look-ups are left out. `state` is there with optimizer_state `keep`.
+    trained; attention scores and embedding look-ups are left out. `skipped` says which
+    steps were left out and why. `state` is there with optimizer_state `keep`.
     """
 
     loss: float
@@ -47,12 +50,13 @@ class Fit:
     supervised: int
     seconds: float
     flops: int
+    skipped: tuple[str, ...] = ()
     state: optim.OptimState | None = None
 
-    def metrics(self) -> dict[str, float]:
-        """The figures that travel with an update."""
+    def metrics(self) -> dict[str, Any]:
+        """What travels with an update: the figures, and which steps were skipped and why."""
         names = ("loss", "first_loss", "last_loss", "steps", "examples", "tokens", "supervised", "seconds", "flops")
-        return {name: float(getattr(self, name)) for name in names}
+        return {name: float(getattr(self, name)) for name in names} | {"skipped": list(self.skipped)}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class _Turn:
     loss: Loss
     parameters: Mapping[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
+    shapes: Mapping[str, torch.Size]
     config: Config
     hooks: Sequence[Hook]
     device: torch.device
@@ -79,7 +84,8 @@ class _Tally:
     supervised: list[int] = field(default_factory=list)
     examples: int = 0
     tokens: int = 0
-    pending: list[tuple[Step, torch.Tensor]] = field(default_factory=list)
+    pending: list[tuple[Step, int, torch.Tensor]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
 
 def fit(
@@ -97,31 +103,37 @@ def fit(
 
     The given hooks are called first, then those of the configuration, made anew. `state` is what a former fit returned;
     without it the optimiser starts fresh. Raises NonFinite, naming step and samples, before a bad weight can be sent.
-    The model stays in training mode: a switch costs as much as a small step, and evaluation sets its own mode.
     """
     started = time.perf_counter()
-    if not model.training:
-        model.train()
-    turn = _begin(model, examples, config, hooks, state, loss)
-    seed_everything(seed_for(seed, "dropout", *([turn.engine.rank] if turn.engine.rank else [])))
-    draws = batches(examples, config.batch_size * turn.engine.size, seed_for(seed, "batches"), pad_id)
-    try:
-        tally = _train(model, turn, islice(draws, turn.num_micro))
-    finally:
-        turn.engine.close()
-    taken = turn.num_steps + (state.step if state is not None else 0)
-    supervised = sum(tally.supervised)
+    with prepared(model, config):
+        turn = _begin(model, examples, config, hooks, state, loss)
+        seed_everything(seed_for(seed, "dropout", *([turn.engine.rank] if turn.engine.rank else [])))
+        draws = batches(examples, config.batch_size * turn.engine.size, seed_for(seed, "batches"), pad_id)
+        try:
+            tally = _train(model, turn, islice(draws, turn.num_micro))
+            turn.engine.gather()
+        finally:
+            turn.engine.close()
+    _require_sound(turn)
+    for hook in turn.hooks:
+        hook.after_fit(model)
+    return _summary(turn, tally, state.step if state is not None else 0, time.perf_counter() - started)
+
+
+def _summary(turn: _Turn, tally: _Tally, steps_before: int, seconds: float) -> Fit:
+    supervised, taken = sum(tally.supervised), turn.num_steps - len(tally.skipped)
     return Fit(
         loss=math.fsum(tally.losses) / supervised,
         first_loss=tally.losses[0] / tally.supervised[0],
         last_loss=tally.losses[-1] / tally.supervised[-1],
-        steps=turn.num_steps,
+        steps=taken,
         examples=tally.examples,
         tokens=tally.tokens,
         supervised=supervised,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         flops=turn.flops_per_token * tally.tokens,
-        state=optim.save(turn.optimizer, turn.parameters, taken) if config.optimizer_state == "keep" else None,
+        skipped=tuple(tally.skipped),
+        state=optim.save(turn.optimizer, turn.parameters, taken + steps_before) if turn.config.optimizer_state == "keep" else None,
     )
 
 
@@ -160,19 +172,24 @@ def _begin(
     if not parameters:
         raise TrainingError("no parameter of the model requires gradients: add an adapter before training")
     device = next(iter(parameters.values())).device
-    engine = engines.start(config.engine, model, device)
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
     optimizer = optim.build(parameters, config)
     optimizer.zero_grad()  # a client that failed may have left gradients on the shared model
     if state is not None:
         optim.restore(optimizer, parameters, state)
+    hooks = (*hooks, *load_hooks(config.hooks))
+    for hook in hooks:  # while the model is whole: an engine may take it apart
+        hook.before_fit(model)
+    engine = engines.start(config, model, optimizer, device)
     num_micro = num_micro_batches(config, len(examples), engine.size)
     return _Turn(
         engine=engine,
         loss=loss,
         parameters=parameters,
         optimizer=optimizer,
+        shapes=shapes,
         config=config,
-        hooks=(*hooks, *load_hooks(config.hooks)),
+        hooks=hooks,
         device=device,
         num_micro=num_micro,
         num_steps=math.ceil(num_micro / config.accumulation),
@@ -181,26 +198,26 @@ def _begin(
 
 
 def _train(model: torch.nn.Module, turn: _Turn, draws: Iterator[Batch]) -> _Tally:
+    turn.engine.admit(turn.hooks)
     tally = _Tally()
-    look_every = 1 if turn.device.type == "cpu" and turn.engine.size == 1 else CHECK_EVERY
-    for hook in turn.hooks:
-        hook.before_fit(model)
+    # A step that may be skipped is looked at before it is taken, whatever the wait for it costs.
+    at_once = turn.config.on_nonfinite == "skip" or (turn.device.type == "cpu" and turn.engine.size == 1)
+    look_every = 1 if at_once else CHECK_EVERY
     for index in range(turn.num_steps):
         optim.set_rate(turn.optimizer, optim.rate(turn.config, index, turn.num_steps))
         step = Step(model, turn.optimizer, index, turn.num_steps, list(islice(draws, turn.config.accumulation)))
         for hook in turn.hooks:
             hook.before_step(step)
         step = _gradients(turn, step, tally)
-        if len(tally.pending) == look_every:
-            _look(turn.engine, tally)
-        turn.optimizer.step()
-        turn.optimizer.zero_grad()
-        for hook in turn.hooks:
+        moves = len(tally.pending) < look_every or _look(turn, tally)
+        if moves:
+            turn.engine.step()
+        turn.engine.clear()
+        for hook in turn.hooks if moves else ():
             hook.after_step(step)
-    _look(turn.engine, tally)
-    _require_finite(turn)
-    for hook in turn.hooks:
-        hook.after_fit(model)
+    _look(turn, tally)
+    if not tally.losses:
+        raise NonFinite(f"all {turn.num_steps} steps were skipped; the first: {tally.skipped[0]}")
     return tally
 
 
@@ -213,48 +230,54 @@ def _gradients(turn: _Turn, step: Step, tally: _Tally) -> Step:
     for number, batch in enumerate(step.batches, start=1):
         with nullcontext() if number == len(step.batches) else turn.engine.quiet():
             part = _loss(turn, batch)
-            # DDP divides the sum of gradients by the number of ranks; the division that counts is by supervised tokens.
-            (part * (turn.engine.size / supervised)).backward()  # type: ignore[no-untyped-call]
+            # Engines divide the sum of gradients by the number of ranks; the division that counts is by supervised tokens.
+            turn.engine.backward(part * (turn.engine.size / supervised))
         loss += part.detach()
-    tally.supervised.append(supervised)
+    turn.engine.ready()
     tally.examples += sum(batch.num_examples for batch in step.batches)
     tally.tokens += sum(batch.num_tokens for batch in step.batches)
     step = replace(step, loss=loss / supervised)
     for hook in turn.hooks:
         hook.after_backward(step)
-    tally.pending.append((step, torch.stack([loss, _clip(turn)])))
+    tally.pending.append((step, supervised, torch.stack([loss, turn.engine.clip(turn.config.clip_norm)])))
     return step
 
 
 def _loss(turn: _Turn, batch: Batch) -> torch.Tensor:
     """The sum of the losses of this rank's share of a batch, in fp32."""
-    with torch.autocast(turn.device.type, torch.bfloat16, enabled=turn.config.precision == "bf16"):
+    with autocast(turn.config, turn.device):
         return turn.loss(turn.engine.model, turn.engine.share(batch), turn.device)
 
 
-def _clip(turn: _Turn) -> torch.Tensor:
-    """The norm of the gradient, which is clipped to the configured one; 0 where clipping is off."""
-    if not turn.config.clip_norm:
-        return torch.zeros((), device=turn.device)
-    trained = list(turn.parameters.values())
-    return torch.nn.utils.clip_grad_norm_(trained, turn.config.clip_norm).float()
+def _look(turn: _Turn, tally: _Tally) -> bool:
+    """Move pending losses into the tally, the same on every rank of the client; whether the last of them may be stepped on.
 
-
-def _look(engine: Engine, tally: _Tally) -> None:
-    """Move pending losses into the tally, the same on every rank of the client; refuse what is not finite."""
+    What is not finite fails the fit, or is noted as a step to skip.
+    """
     if not tally.pending:
-        return
-    values = engine.total(torch.stack([evidence for _, evidence in tally.pending])).tolist()
-    for (step, _), (loss, norm) in zip(tally.pending, values, strict=True):
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            what = f"loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
-            raise NonFinite(f"step {step.index} of {step.num_steps}: {what}, samples {_names(step)}; lower train.lr")
-        tally.losses.append(loss)
+        return True
+    values = turn.engine.total(torch.stack([evidence for _, _, evidence in tally.pending])).tolist()
+    sound = True
+    for (step, supervised, _), (loss, norm) in zip(tally.pending, values, strict=True):
+        sound = math.isfinite(loss) and math.isfinite(norm)
+        if sound:
+            tally.losses.append(loss)
+            tally.supervised.append(supervised)
+            continue
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
+        note = f"step {step.index} of {step.num_steps}: {what}, samples {_names(step)}"
+        if turn.config.on_nonfinite == "fail":
+            raise NonFinite(f"{note}; lower train.lr")
+        tally.skipped.append(note)
     tally.pending.clear()
+    return sound
 
 
-def _require_finite(turn: _Turn) -> None:
-    """The last step may have broken a weight after the last look at a loss."""
+def _require_sound(turn: _Turn) -> None:
+    """What goes out is whole, whoever held it in parts, and finite: the last step may have broken a weight after the last look."""
+    for name, shape in turn.shapes.items():
+        if (found := turn.parameters[name].shape) != shape:
+            raise TrainingError(f"{name} is {tuple(found)} after training, expected {tuple(shape)}: it was not gathered")
     norm = torch.nn.utils.get_total_norm([p.detach() for p in turn.parameters.values()])
     if not math.isfinite(norm):
         raise NonFinite(f"after step {turn.num_steps - 1} the norm of the trained weights is {norm}; lower train.lr")

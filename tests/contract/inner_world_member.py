@@ -1,6 +1,7 @@
 """One member of one client's inner world, started by test_inner_world.py: meets the others, trains, says what it holds.
 
-Usage: inner_world_member.py FOLDER ROLE RANK SIZE STEPS
+Usage: inner_world_member.py FOLDER ROLE RANK SIZE STEPS [SETTINGS]
+SETTINGS are further ones of training, as JSON; with LAYERS among them the model is a Llama with LoRA on a bf16 base.
 The leader's address, which the federation would carry, is handed over in a file.
 """
 
@@ -42,9 +43,17 @@ class Running(torch.nn.Module):
         return self.head
 
 
-def small_model() -> torch.nn.Module:
+def small_model(layers: int = 0) -> torch.nn.Module:
     torch.manual_seed(0)
-    return Running()
+    if not layers:
+        return Running()
+    sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+    from small_models import llama, with_lora
+
+    model = with_lora(llama(layers=layers))
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data if "lora_" in name else parameter.data.bfloat16()
+    return model
 
 
 def rows(count: int) -> list[Example]:
@@ -60,11 +69,11 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def train(role: str, steps: int, engine: str, batch_size: int) -> tuple[torch.nn.Module, dict[str, object]]:
+def train(role: str, steps: int, batch_size: int, settings: dict[str, object]) -> tuple[torch.nn.Module, dict[str, object]]:
     """Seven rows and two micro-batches a step: an epoch's last batch leaves a member of a group of two without a row."""
-    model = small_model()
-    config = Config(steps=steps, batch_size=batch_size, accumulation=2, optimizer="sgd", lr=0.5, engine=engine)
-    result = fit(model, rows(7), config, seed=len(role), pad_id=0)
+    settings = {"steps": steps, "batch_size": batch_size, "accumulation": 2, "optimizer": "sgd", "lr": 0.5} | settings
+    model = small_model(settings.pop("LAYERS", 0))
+    result = fit(model, rows(7), Config(**settings), seed=len(role), pad_id=0)
     kept = ("loss", "last_loss", "tokens", "supervised", "steps")
     return model, {key: getattr(result, key) for key in kept}
 
@@ -77,22 +86,26 @@ class Break(Hook):
             raise RuntimeError("this member broke")
 
 
-def fail_and_go_on(world: InnerWorld, role: str, steps: int) -> tuple[torch.nn.Module, dict[str, object]]:
-    """Rank 1 raises, rank 0 sees it; both rebuild and train the same model, still warm from the failure, to the end."""
+def fail_and_go_on(
+    world: InnerWorld, role: str, steps: int, settings: dict[str, object]
+) -> tuple[torch.nn.Module, dict[str, object]]:
+    """Rank 1 raises, rank 0 sees it; both meet again and train the same model, still warm from the failure, to the end."""
     model = small_model()
     start = weights(model)
-    config = Config(steps=steps, batch_size=1, optimizer="sgd", lr=0.5, engine="ddp")
+    config = Config(**{"steps": steps, "batch_size": 1, "optimizer": "sgd", "lr": 0.5} | settings)
+    assert world.settle(None) is None
     began = time.monotonic()
     try:
         fit(model, rows(7), config, seed=0, pad_id=0, hooks=[Break()] * world.rank)
+        failure = None
     except RuntimeError as error:
         failure = f"{type(error).__name__}: {error}"
-        waited = time.monotonic() - began
-        world.rebuild(1)
+    first = world.settle(failure)
+    waited = time.monotonic() - began
     model.load_state_dict(start, strict=False)
     result = fit(model, rows(7), config, seed=len(role), pad_id=0)
-    print(failure, file=sys.stderr)
-    return model, {"steps": result.steps, "last_loss": result.last_loss, "in_time": waited < TIMEOUT_S / 2}
+    said = {"first": first, "generation": world.generation, "in_time": waited < TIMEOUT_S / 2}
+    return model, said | {"steps": result.steps, "last_loss": result.last_loss}
 
 
 def address(folder: Path, role: str, rank: int) -> tuple[str, object]:
@@ -120,14 +133,14 @@ def share(world: InnerWorld, role: str) -> dict[str, object]:
     return {"shared": digest(shared), "text": text.decode(), "empty": len(empty)}
 
 
-def main(folder: Path, role: str, rank: int, size: int, steps: int) -> None:
+def main(folder: Path, role: str, rank: int, size: int, steps: int, settings: dict[str, object]) -> None:
     launcher = {key: os.environ[key] for key in LAUNCHER}
     where, hosted = address(folder, role, rank)
     world = join(where, rank, size, 0, TIMEOUT_S, role=role)
     if role.endswith("broken"):
-        model, result = fail_and_go_on(world, role, steps)
+        model, result = fail_and_go_on(world, role, steps, settings)
     else:
-        model, result = train(role, steps, "ddp", batch_size=1)
+        model, result = train(role, steps, 1, settings)
         world.rebuild(1)
     result |= share(world, role) | {"digest": digest(weights(model))}
     world.leave()
@@ -142,4 +155,5 @@ LAUNCHER = {"RANK": "7", "WORLD_SIZE": "9", "LOCAL_RANK": "7", "MASTER_ADDR": "2
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
+    given = json.loads(sys.argv[6]) if len(sys.argv) > 6 else {}
+    main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:6]), {"engine": "ddp"} | given)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from inner_world_member import LAUNCHER, train, weights
 
-from fedmpi.errors import WorldError
+from fedmpi.errors import PeerLost, WorldError
 from fedmpi.tensors import digest
 from fedmpi.training import host, join
 
@@ -56,7 +56,7 @@ def test_members_end_with_equal_weights_and_counts(folder, role):
 
 @pytest.mark.parametrize("role", CLIENTS)
 def test_two_ranks_with_a_batch_are_one_rank_with_twice_the_batch(folder, role):
-    alone, counts = train(role, CLIENTS[role], "plain", batch_size=2)
+    alone, counts = train(role, CLIENTS[role], 2, {})
     first = said(folder, role)[0]
     for key in ("tokens", "supervised", "steps"):
         assert first[key] == counts[key]
@@ -78,7 +78,8 @@ def test_after_a_member_broke_the_others_see_it_and_the_next_generation_trains(t
     finish([start(tmp_path, "client_broken", rank, 2, 5) for rank in range(2)])
     first, second = said(tmp_path, "client_broken")
     assert first == second
-    assert (first["steps"], first["in_time"]) == (5, True)
+    assert (first["steps"], first["in_time"], first["generation"]) == (5, True, 1)
+    assert first["first"] == "RuntimeError: this member broke"
 
 
 def test_a_client_of_one_rank_needs_nobody():
@@ -89,6 +90,17 @@ def test_a_client_of_one_rank_needs_nobody():
             join(hosted.address, 0, 1, 1, 20, role="alone")
         shared = world.share({"a": torch.ones(2)})
         assert torch.equal(shared["a"], torch.ones(2)) and world.share({}) == {}
+    finally:
+        world.leave()
+
+
+def test_a_member_that_does_not_end_its_turn_is_named_in_time():
+    hosted = host()
+    world = join(hosted.address, 0, 1, 0, 1.0, role="alone")
+    world.size = 2  # the other one came and hangs now
+    try:
+        with pytest.raises(PeerLost, match=r"members \[1\] did not end their turn within 1.0 s of this one"):
+            world.settle(None)
     finally:
         world.leave()
 

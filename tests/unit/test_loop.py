@@ -170,6 +170,46 @@ def test_weights_broken_by_the_last_step_are_refused():
         fit(model, examples(4), Config(steps=1, lr=1e39, optimizer="sgd", clip_norm=0), seed=0, pad_id=PAD)
 
 
+class Poison(Hook):
+    """Makes the gradient of the named steps infinite."""
+
+    def __init__(self, steps):
+        self.steps, self.after = steps, []
+
+    def after_backward(self, step):
+        if step.index in self.steps:
+            next(p for p in step.model.parameters() if p.requires_grad).grad.fill_(math.inf)
+
+    def after_step(self, step):
+        self.after.append(step.index)
+
+
+def test_a_step_that_is_not_finite_is_skipped_where_that_is_asked_for():
+    """Skipping steps 1 and 3 of 5 leaves the weights that a run gets which does not take those steps."""
+    config = Config(steps=5, batch_size=2, on_nonfinite="skip", optimizer="sgd", lr=0.5)
+    skipping, poison = with_lora(llama()), Poison({1, 3})
+    result = fit(skipping, examples(10), config, seed=4, pad_id=PAD, hooks=[poison])
+    assert (result.steps, poison.after, len(result.skipped)) == (3, [0, 2, 4], 2)
+    assert result.skipped[0].startswith("step 1 of 5: the norm of the gradient is inf, samples row")
+    assert result.metrics()["skipped"] == list(result.skipped)
+
+    class Still(Hook):
+        def after_backward(self, step):
+            for parameter in step.model.parameters():
+                if parameter.requires_grad and step.index in (1, 3):
+                    parameter.grad.zero_()
+
+    still = with_lora(llama())
+    fit(still, examples(10), Config(steps=5, batch_size=2, optimizer="sgd", lr=0.5), seed=4, pad_id=PAD, hooks=[Still()])
+    assert all(torch.equal(trained(still)[name], value) for name, value in trained(skipping).items())
+
+
+def test_a_turn_of_which_nothing_is_left_fails():
+    config = Config(steps=2, batch_size=2, on_nonfinite="skip")
+    with pytest.raises(NonFinite, match=r"all 2 steps were skipped; the first: step 0 of 2: the norm of the gradient is inf"):
+        fit(with_lora(llama()), examples(4), config, seed=0, pad_id=PAD, hooks=[Poison({0, 1})])
+
+
 def test_nothing_to_train_on_or_with():
     with pytest.raises(TrainingError, match="no examples to train on"):
         fit(with_lora(llama()), [], Config(), seed=0, pad_id=PAD)
@@ -197,8 +237,9 @@ def test_nothing_to_train_on_or_with():
         ("clip_norm", -1.0, "above 0, or 0 or null"),
         ("optimizer", "adagrad", "one of adamw, adam, sgd"),
         ("schedule", "step", "one of constant, cosine, linear"),
-        ("precision", "fp16", "one of fp32, bf16"),
-        ("engine", "horovod", "one of plain, ddp"),
+        ("precision", "fp8", "one of fp32, bf16, fp16, half"),
+        ("engine", "horovod", "one of plain, ddp, deepspeed"),
+        ("on_nonfinite", "ignore", "one of fail, skip"),
         ("optimizer_state", "lost", "one of fresh, keep"),
     ],
 )
