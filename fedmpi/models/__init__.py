@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fedmpi.models.methods import initialise as initialise
     from fedmpi.models.outline import Outline as Outline
     from fedmpi.models.outline import same_for_all as same_for_all
+    from fedmpi.models.outline import stored as stored
     from fedmpi.models.packing import require_packing as require_packing
     from fedmpi.models.targets import find_targets as find_targets
     from fedmpi.models.virtual import rows_in_front as rows_in_front
@@ -132,7 +133,7 @@ __getattr__ = door(
             "adapters",
         ),
         **dict.fromkeys(("virtual_positions", "rows_in_front", "to_continue"), "virtual"),
-        **dict.fromkeys(("Outline", "same_for_all"), "outline"),
+        **dict.fromkeys(("Outline", "same_for_all", "stored"), "outline"),
         "Folds": "folding",
         "find_targets": "targets",
         "require_packing": "packing",

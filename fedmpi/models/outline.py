@@ -26,3 +26,10 @@ def same_for_all(shapes: Any, peft: PeftConfig) -> Outline:
     with torch.device("meta"):
         model = add_adapter(shapes, peft, 0)
     return Outline(model, model, trained(model), trained(model))
+
+
+def stored(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor that makes up the model, buffers of packed weights included, and what is tied or shared once."""
+    seen: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if seen.setdefault(id(tensor), name) == name}

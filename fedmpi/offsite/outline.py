@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fedmpi.errors import ConfigError
-from fedmpi.models import Outline, PeftConfig, add_adapter, find_targets, trained
+from fedmpi.models import Outline, PeftConfig, add_adapter, find_targets, stored, trained
 from fedmpi.models.backbone import decoder_layers
 from fedmpi.offsite import Config
 from fedmpi.offsite.builders import build
@@ -15,7 +15,7 @@ from fedmpi.offsite.builders import build
 def outline(config: Config, shapes: Any, peft: PeftConfig, emulator_travels: bool) -> Outline:
     """Clients hold the compressed model and train its adapter layers; the emulator's LoRA travels down beside them, if at all."""
     emulator = build(shapes, config)
-    layout, held = emulator.layout, dict(emulator.model.named_parameters())
+    layout, held = emulator.layout, stored(emulator.model)
     own = [place for place in range(len(layout.order)) if layout.order[place] in layout.adapter]
     server = _tuned(shapes, peft, layout.adapter)
     client = _tuned(emulator.model, peft, range(len(layout.order)) if emulator_travels else own)

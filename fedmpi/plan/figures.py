@@ -175,16 +175,17 @@ def _side(name: str, model: Any, whole: int, peak: Callable[[int, int], int]) ->
     from fedmpi.models import costs
 
     layers, trained = costs.layers_of(model), _count(models.trained(model).values())
-    held = sum(p.numel() * p.element_size() for p in model.parameters())
-    added = _count(p for name, p in model.named_parameters() if "lora_" in name or "prompt_encoder." in name)
+    tensors = models.stored(model)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    added = _count(tensor for name, tensor in tensors.items() if "lora_" in name or "prompt_encoder." in name)
     return Side(
         side=name,
         layers=layers.num,
         trained_layers=layers.num_trained,
-        parameters=_count(model.parameters()),
+        parameters=_count(tensors.values()),
         held_bytes=held,
         trained_parameters=trained,
-        disclosed_share=(_count(model.parameters()) - added) / whole,
+        disclosed_share=(_count(tensors.values()) - added) / whole,
         peak_bytes=peak(held, trained),
     )
 

@@ -159,6 +159,17 @@ def test_what_cannot_be_is_one_clear_line(small, capsys, arguments, words):
     assert re.search(words, line)
 
 
+@pytest.mark.parametrize("builder", ["uniform", "influence", "shared", "thin", "quantized"])
+def test_what_is_sent_once_is_what_the_client_holds(small, builder):
+    shapes = models.load_shapes(models.Config(path=str(small)))
+    found = outline(OffsiteConfig(builder=builder, drop_rate=0.5, adapter_last=2), shapes, PeftConfig(), emulator_travels=True)
+    client = figures.client_side(read()[0], found.client, 10**6)
+    once = sum(tensor.numel() * tensor.element_size() for tensor in found.once.values())
+    assert client.held_bytes == once + figures.size_of(figures.message(found.down))
+    whole = sum(4 * tensor.numel() for tensor in models.load_shapes(models.Config(path=str(small))).parameters())
+    assert once < whole
+
+
 def test_an_emulator_that_leaves_nothing_or_methods_without_a_place(small):
     shapes = models.load_shapes(models.Config(path=str(small)))
     with pytest.raises(Exception, match="prefix has no place in single layers"):
