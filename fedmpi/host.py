@@ -13,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmpi import aggregation, evaluation, models, training
+from fedmpi import aggregation, evaluation, models, offsite, training
 from fedmpi import data as corpora
-from fedmpi.errors import ConfigError, DataError, TrainingError
+from fedmpi.errors import ConfigError, DataError, ModelError, TrainingError
 from fedmpi.round import Round
 from fedmpi.seeding import seed_for
 from fedmpi.tensors import Tensors
@@ -25,21 +25,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fedmpi.federation import Update
+    from fedmpi.offsite import Layout
+
+
+@dataclass(frozen=True)
+class Given:
+    """A backbone and its tokenizer that were not read from a folder here."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
 
 
 @dataclass
 class Base:
-    """The frozen model and its tokenizer, loaded once."""
+    """The frozen model and its tokenizer, loaded once, with the tensors on it that are trained.
+
+    An emulator's layers are numbered anew; outside, its tensors go by their names on the original model, which `layout` knows.
+    """
 
     config: models.Config
     peft: models.PeftConfig
     device: str
     seed: int
+    given: "Given | None" = None  # in the place of what config names
+    layers: tuple[int, ...] | None = None  # that get an adapter, as they are numbered in this model; default all
+    layout: "Layout | None" = None  # where this is an adapter with an emulator
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The backbone's own tokenizer."""
-        return models.load_tokenizer(self.config)
+        return self.given.tokenizer if self.given else models.load_tokenizer(self.config)
 
     @property
     def model(self) -> "PreTrainedModel | PeftModel":
@@ -50,6 +65,42 @@ class Base:
     def fresh(self) -> Tensors:
         """The adapter as it begins, whatever has been loaded into the model since."""
         return self._loaded[1]
+
+    def part(self, tensors: Tensors, part: str) -> Tensors:
+        """Those of the tensors that belong to adapter or emulator."""
+        assert self.layout is not None
+        return {name: tensor for name, tensor in tensors.items() if self.layout.part(name) == part}
+
+    def load(self, tensors: Tensors) -> None:
+        """Write values into everything that is trained at any time, whether it moves now or not."""
+        models.load_trainable(self.model, {self._inside.get(n, n): t for n, t in tensors.items()}, tuple(self._inside.values()))
+
+    def take(self, part: str | None = None) -> Tensors:
+        """Copies of what is trained, or of one part of it, ready to be sent."""
+        names = sorted(self.fresh if part is None else self.part(self.fresh, part))
+        taken = models.trainable(self.model, [self._inside[name] for name in names])
+        return dict(zip(names, taken.values(), strict=True))
+
+    def wearing(self, adapter: Tensors | None) -> Any:
+        """The model with an adapter's values; without one the backbone, since fresh virtual tokens are not nothing."""
+        self.load(self.fresh if adapter is None else adapter)
+        return models.bare(self.model) if adapter is None else self.model
+
+    def save(self, tensors: Tensors, folder: Path) -> None:
+        """Write the adapter's folder, which fits this model."""
+        models.save_adapter(self.model, {self._inside[name]: tensor for name, tensor in tensors.items()}, folder)
+
+    def tune(self, part: str) -> None:
+        """From now on let this part move, and nothing else."""
+        moving = self.part(self.fresh, part)
+        parameters = dict(self.model.named_parameters())
+        for name, inside in self._inside.items():
+            parameters[inside].requires_grad_(name in moving)
+
+    @property
+    def _inside(self) -> dict[str, str]:
+        """The name in this model of each trained tensor."""
+        return self._loaded[2]
 
     @cached_property
     def folds(self) -> "models.Folds":
@@ -63,16 +114,33 @@ class Base:
         return models.trainable(self.model)
 
     @cached_property
-    def _loaded(self) -> "tuple[PreTrainedModel | PeftModel, Tensors]":
+    def _loaded(self) -> "tuple[PreTrainedModel | PeftModel, Tensors, dict[str, str]]":
+        backbone = self.given.model if self.given else models.load_model(self.config, self.device)
         tokenizer = self.tokenizer if self.peft.init_text else None
-        model = models.add_adapter(models.load_model(self.config, self.device), self.peft, self.seed, tokenizer)
-        return model, models.trainable(model)
+        model = models.add_adapter(backbone, self.peft, self.seed, tokenizer, self.layers)
+        values = models.trainable(model)
+        names = {self.layout.original(name) if self.layout else name: name for name in values}
+        if len(names) < len(values):
+            raise ModelError("an emulator that has a layer in two places cannot be tuned in the rounds: use algorithm fedot")
+        return model, {name: values[inside] for name, inside in names.items()}, names
 
     @property
     def pad_id(self) -> int:
         """What fills batches up; masks come from lengths, so end-of-text will do."""
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self.tokenizer.eos_token_id)
+
+
+@dataclass(frozen=True)
+class Offsite:
+    """What offsite tuning adds to a process. The original model and the public rows are the server's: a client has nothing to
+    read them from."""
+
+    config: offsite.Config
+    layout: "Layout"
+    full: Base | None = None  # the original model, with the adapter on its own layers
+    goal: "Callable[[], offsite.Goal] | None" = None  # what the emulator is aligned to, with the public rows
+    facts: Mapping[str, Any] = field(default_factory=dict)  # for the record
 
 
 @dataclass
@@ -89,6 +157,7 @@ class Host:
     server: aggregation.ServerConfig = field(default_factory=aggregation.ServerConfig)
     scratch: Path | None = None  # where updates wait that a rule needs all at once
     ranks: tuple[int, ...] = ()  # of the clients' adapters, taken in turn
+    offsite: Offsite | None = None
     _examples: "dict[int, tuple[Sequence[corpora.Example], corpora.Counts]]" = field(default_factory=dict)
     _kept_back: "dict[int, list[corpora.Example]]" = field(default_factory=dict)
 
@@ -111,7 +180,16 @@ class Host:
         """Whoever is alone has nobody to be aggregated with: its rounds are plain."""
         parties = replace(self.parties, clients=(client,), sites={0: site})
         plain = {"rules": aggregation.Config(record_error=False), "server_optimizer": "none", "ranks": ranks}
-        return replace(self, parties=parties, **plain, _examples={}, _kept_back={})  # type: ignore[arg-type]
+        outside = replace(self.offsite, full=None, goal=None) if self.offsite else None  # a party by itself has no server's things
+        return replace(self, parties=parties, **plain, offsite=outside, _examples={}, _kept_back={})  # type: ignore[arg-type]
+
+    def views(self, server: Any = None) -> dict[str, tuple[Base, Tensors | None]]:
+        """The models that a run is measured by and leaves behind, by the ending of their names; without a server's state, as they
+        begin. Offsite tuning has two: the adapter on the original model, and with the emulator."""
+        if self.offsite is None:
+            return {"": (self.base, server and server.adapter)}
+        whole = {"": (self.offsite.full, server and server.adapter)} if self.offsite.full else {}
+        return {**whole, "_emu": (self.base, server and server.outgoing)}
 
     # ---- a round --------------------------------------------------------------------------------------------------------------
 
@@ -217,19 +295,15 @@ class Host:
             )
         return corpora.tokenize(rows, self.base.tokenizer, self.data)
 
-    def _wearing(self, adapter: Tensors | None) -> Any:
-        """The model with an adapter's values; without one the backbone, since fresh virtual tokens are not nothing."""
-        models.load_trainable(self.base.model, self.base.fresh if adapter is None else adapter)
-        return models.bare(self.base.model) if adapter is None else self.base.model
-
-    def score(self, adapter: Tensors | None) -> dict[str, float]:
-        """Held-out loss and token accuracy of an adapter on this base, or of the base alone."""
-        score = evaluation.heldout_loss(self._wearing(adapter), self.heldout, self.eval.batch_size, self.base.pad_id)
+    def score(self, adapter: Tensors | None, base: Base | None = None) -> dict[str, float]:
+        """Held-out loss and token accuracy of an adapter on a base, or of the base alone."""
+        model = (base or self.base).wearing(adapter)
+        score = evaluation.heldout_loss(model, self.heldout, self.eval.batch_size, self.base.pad_id)
         return {"eval_loss": score.loss, "eval_token_accuracy": score.token_accuracy}
 
     def score_each(self, adapter: Tensors, clients: Collection[int]) -> dict[int, Mapping[str, float]]:
         """The same for each of these clients on what it holds out itself, for rows that may not leave their rank."""
-        model = self._wearing(adapter or None)
+        model = self.base.wearing(adapter or None)
         found: dict[int, Mapping[str, float]] = {}
         for client in clients:
             if client not in self._kept_back:
@@ -238,13 +312,13 @@ class Host:
             found[client] = asdict(evaluation.heldout_loss(model, rows, self.eval.batch_size, self.base.pad_id))
         return found
 
-    def answer(self, adapter: Tensors | None) -> dict[str, Any]:
+    def answer(self, adapter: Tensors | None, base: Base | None = None) -> dict[str, Any]:
         """Exact match of greedy answers on the held-out rows; nothing where the task asks for none."""
         task = self.eval.task
         if task == "none" or (task == "auto" and self.data.name != "builtin:toy") or not self.parties.heldout:
             return {}
         score = evaluation.exact_match(
-            self._wearing(adapter),
+            (base or self.base).wearing(adapter),
             self.base.tokenizer,
             self.parties.heldout[: self.eval.rows],
             self.data.template,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any
 
-from fedmpi import aggregation, checkpoint, evaluation, models
+from fedmpi import aggregation, checkpoint, evaluation
 from fedmpi.errors import QuorumLost
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import Federation
@@ -47,7 +47,7 @@ class Keeper:
         conductor = self.fed.conductor
         assert conductor is not None
         if record is None:
-            self._line({"round": -1, "event": "evaluation", **self._score(None), **self._answer_base()})
+            self._line({"round": -1, "event": "evaluation", **self._score(), **self._answer_base()})
         else:
             self.history = dict(record["history"])
             self.fed.ledger.totals.update(record["totals"])
@@ -91,7 +91,7 @@ class Keeper:
         last = rnd.index + 1 >= self.recipe.rounds
         due = last or (self.recipe.eval_every and (rnd.index + 1) % self.recipe.eval_every == 0)
         trained = time.monotonic()
-        scores = self._score(server.adapter) if due else {}  # first: what it sends belongs to this round
+        scores = self._score(server) if due else {}  # first: what it sends belongs to this round
         line = {**self._figures(rnd), **server.figures, **scores}
         line["round_s"], line["score_s"] = trained - began, time.monotonic() - trained
         line["seconds"] = time.monotonic() - began
@@ -107,10 +107,11 @@ class Keeper:
         self.history["seconds"] += line["seconds"]
         self.history["steps"] += line["steps"]
         self.history["train_s"] += line["train_s"]
-        if self.recipe.early_stop and "eval_loss" in line:
-            better = self.history["best"] is None or line["eval_loss"] < self.history["best"]
+        judged = "eval_loss" if "eval_loss" in line else "eval_loss_emu"  # who has the emulator alone stops by it
+        if self.recipe.early_stop and judged in line:
+            better = self.history["best"] is None or line[judged] < self.history["best"]
             self.history["worse"] = 0 if better else self.history["worse"] + 1
-            self.history["best"] = line["eval_loss"] if better else self.history["best"]
+            self.history["best"] = line[judged] if better else self.history["best"]
         if self._waited_enough():
             conductor.end = End.FINISHED
         self._heed_signals(conductor)
@@ -153,15 +154,23 @@ class Keeper:
         measured = {key: metrics[key] for key in COSTS if key in metrics}
         return {**measured, "up_bytes": up, "down_bytes": down, "transfer_s": speed and 8e-6 * (up + down) / speed}
 
-    def _score(self, adapter: Tensors | None) -> dict[str, float]:
-        """Held-out loss, without an adapter of the base: on rows that the server has, else on each client's own rank."""
-        if self.host.parties.heldout:
-            return self.host.score(adapter)
-        return evaluation.overall(self.fed.measure(adapter or {}))
+    def _score(self, server: Any = None) -> dict[str, float]:
+        """Held-out loss, before the first round of the base: on rows that the server has, else on each client's own rank."""
+        found: dict[str, float] = {}
+        for ending, (base, tensors) in self.host.views(server).items():
+            if self.host.parties.heldout:
+                found |= _ended(self.host.score(tensors, base), ending)
+            elif base is self.host.base:  # clients score what they hold
+                found |= _ended(evaluation.overall(self.fed.measure(tensors or {})), ending)
+        return found
+
+    def _answers(self, server: Any = None) -> dict[str, Any]:
+        views = self.host.views(server).items()
+        return {k: v for ending, (base, tensors) in views for k, v in _ended(self.host.answer(tensors, base), ending).items()}
 
     def _answer_base(self) -> dict[str, Any]:
         """The base model's answers; one solo run does not repeat what the federation's run tells."""
-        return {} if self.fed.post is None and self.title != "fed" else self.host.answer(None)
+        return {} if self.fed.post is None and self.title != "fed" else self._answers()
 
     def _line(self, line: dict[str, Any]) -> None:
         self.folder.pending.append(line)
@@ -178,29 +187,34 @@ class Keeper:
     def finish(self, server: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
         """The results of a run that came to its end."""
         lines = self.folder.metrics()
-        where = self.folder.path / "adapter"
-        with checkpoint.writing(str(where), "every round is safe: make room and start the run again, it ends there"):
-            models.save_adapter(self.host.base.model, server.adapter, where)
-            self.host.base.folds.save(where)
+        folders = {ending: self.folder.path / f"adapter{ending}" for ending in self.host.views(server)}
+        with checkpoint.writing(str(self.folder.path), "every round is safe: make room and start the run again, it ends there"):
+            for ending, (base, tensors) in self.host.views(server).items():
+                base.save(tensors or {}, folders[ending])
+                base.folds.save(folders[ending])
         rounds = [line for line in lines if "event" not in line]
-        first = next((line for line in lines if line["round"] == -1), {})
+        first = next((line for line in lines if line.get("event") == "evaluation"), {})
         totals = dict(self.fed.ledger.totals) | {"seconds": self.history["seconds"]}
-        wanted = ("train_loss", "eval_loss", "eval_token_accuracy")
-        final: dict[str, Any] = {key: rounds[-1][key] for key in wanted if key in rounds[-1]}
+        measured = [f"{key}{ending}" for key in ("eval_loss", "eval_token_accuracy", "exact_match") for ending in folders]
+        final: dict[str, Any] = {key: rounds[-1][key] for key in ("train_loss", *measured) if key in rounds[-1]}
         summary = {
             "rounds": rounds[-1]["round"] + 1,
-            "base": {key: first[key] for key in ("eval_loss", "eval_token_accuracy", "exact_match") if key in first},
-            "final": final | self.host.answer(server.adapter),
+            "base": {key: first[key] for key in measured if key in first},
+            "final": final | self._answers(server),
             "totals": totals,
             "step_s": self.history["train_s"] / max(1.0, self.history["steps"]),
             "trainable_share": trained_share(server.adapter, self.host.base.model),
-            "adapter_sha256": checkpoint.file_sha256(self.folder.path / "adapter" / "adapter_model.safetensors"),
+            "adapter_sha256": checkpoint.file_sha256(next(iter(folders.values())) / "adapter_model.safetensors"),
             "heldout_samples": self.host.heldout_samples,
             **environment(),
             **facts,
         }
         self.folder.write("summary.json", summary)
         return summary
+
+
+def _ended(figures: Mapping[str, Any], ending: str) -> dict[str, Any]:
+    return {f"{name}{ending}": value for name, value in figures.items()}
 
 
 def saved(server: Any) -> Tensors:

@@ -70,6 +70,7 @@ class Kind(IntEnum):
     QUESTION = 14
     ANSWER = 15
     FOLD = 16
+    SUPPLY = 17
 
 
 @dataclass(frozen=True)

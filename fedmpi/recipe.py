@@ -15,6 +15,8 @@ from fedmpi.errors import ConfigError
 from fedmpi.evaluation import Config as EvalConfig
 from fedmpi.models import Config as ModelConfig
 from fedmpi.models import PeftConfig
+from fedmpi.offsite import Config as OffsiteConfig
+from fedmpi.offsite import Scheme
 from fedmpi.training import Config as TrainConfig
 
 _WEEK_S = 604_800  # what is beyond it is a slip, and an infinite wait no deadline
@@ -94,6 +96,7 @@ class Recipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    offsite: OffsiteConfig = field(default_factory=OffsiteConfig)
 
     def __post_init__(self) -> None:
         at_least = {
@@ -197,10 +200,34 @@ def read(arguments: Sequence[str], program: str, about: str) -> tuple[Recipe, An
     has_settings = bool(fields(module.Config))
     namespace = config.parse(Recipe, arguments, program, about, {group: module.Config} if has_settings else {})
     given: dict[str, Any] = {key: getattr(namespace, key) for key in Recipe.__dataclass_fields__}
-    recipe = Recipe(**given)
+    wanted = Recipe(**given)
+    _fits(wanted, getattr(module, "SCHEME", None))
     if hasattr(module, "require"):
-        module.require(recipe)
-    return recipe, getattr(namespace, group) if has_settings else module.Config()
+        module.require(wanted)
+    return wanted, getattr(namespace, group) if has_settings else module.Config()
+
+
+def _fits(wanted: Recipe, scheme: Scheme | None) -> None:
+    """What offsite tuning asks of the rest, and what nothing else would read."""
+    if scheme is None:
+        if wanted.offsite != OffsiteConfig():
+            raise ConfigError(f"offsite settings are given, but algorithm {wanted.algorithm} has none: give fedot or fedbiot")
+        return
+    methods = ("lora",) if scheme.tunes_emulator else ("lora", "none")
+    if wanted.peft.method not in methods:
+        raise ConfigError(
+            f"peft.method {wanted.peft.method}: algorithm {wanted.algorithm} trains layers, with {' or '.join(methods)}"
+        )
+    if wanted.aggregation.rule != "mean" or wanted.peft.client_ranks:
+        raise ConfigError(
+            f"algorithm {wanted.algorithm} takes the mean of adapters of one rank: leave aggregation.rule "
+            f"{wanted.aggregation.rule} and peft.client_ranks {wanted.peft.client_ranks} out"
+        )
+    if scheme.tunes_emulator and wanted.scenario != "fed":
+        raise ConfigError(
+            f"scenario {wanted.scenario}: {wanted.algorithm} aligns the emulator on the server in every round, so nobody can train "
+            "alone with it: give scenario fed, or algorithm fedot"
+        )
 
 
 def _spelt_out(argument: str) -> str:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fedmpi.round import End
     from fedmpi.session import Session
     from fedmpi.stop import Stop
+    from fedmpi.tensors import Tensors
     from fedmpi.transports.base import Transport
 
 _AGAIN = "run the same command again to go on"
@@ -86,6 +88,7 @@ class Program:
     world: World
     stop: "Stop"
     post: "Post | None"
+    supply_bytes: int = 0  # handed out to clients that cannot read a model for themselves
 
     def run(self) -> int:
         """Gives the exit code, the same on every rank."""
@@ -122,7 +125,7 @@ class Program:
     def _scenarios(self, path: Path) -> int:
         from fedmpi.round import End
 
-        host = self._host()
+        host = self._host(path)
         names = ("local", "global", "fed") if self.recipe.scenario == "all" else (self.recipe.scenario,)
         results: dict[str, Any] = {}
         for name in names:
@@ -146,16 +149,22 @@ class Program:
         self._tell(path, "finished")
         return FINISHED
 
-    def _host(self) -> "Host":
-        from fedmpi import data
+    def _host(self, path: Path) -> "Host":
+        from fedmpi import data, emulation
         from fedmpi.host import Base, Host, pick_device
 
         wanted = self.recipe
         device = pick_device(wanted.device, self.world.local_rank)
         measures = self.world.rank == 0 or wanted.scenario != "fed"
         parties = data.federate(wanted.data, wanted.clients, wanted.seed, self._own_clients(), measures)
+        scheme = getattr(recipe.algorithm(wanted.algorithm), "SCHEME", None)
+        if scheme is None:
+            base, outside = Base(wanted.model, wanted.peft, device, wanted.seed), None
+        else:
+            known = self._identity()[0]
+            base, outside, self.supply_bytes = emulation.outfit(wanted, scheme, device, path, parties, self.post, known)
         return Host(
-            Base(wanted.model, wanted.peft, device, wanted.seed),
+            base,
             parties,
             wanted.data,
             wanted.train,
@@ -163,8 +172,9 @@ class Program:
             wanted.aggregation,
             wanted.server_optimizer,
             wanted.server,
-            scratch=self._path(),
+            scratch=path,
             ranks=tuple(map(int, wanted.peft.client_ranks)),
+            offsite=outside,
         )
 
     def _own_clients(self) -> "tuple[int, ...] | None":
@@ -187,7 +197,10 @@ class Program:
         facts = {"scenario": title, "launcher": self.world.launcher, "world": self.world.size, "transport": self.world.transport}
         algorithm, quiet = recipe.algorithm(wanted.algorithm), self.world.rank != 0
         whole = self._identity()
-        return Session(wanted, self.own, algorithm, host, path, title, self.stop, post, *whole, facts, self.world.store, quiet)
+        given = self.supply_bytes if title == "fed" else 0
+        return Session(
+            wanted, self.own, algorithm, host, path, title, self.stop, post, *whole, facts, given, self.world.store, quiet
+        )
 
     def _fed(self, host: "Host", path: Path) -> "tuple[End, Any]":
         return self._session(self.recipe, host, path, "fed", self.post).train()
@@ -204,9 +217,9 @@ class Program:
         else:
             numbers = range(len(host.parties.clients))
             jobs = {c: self._session(wanted, host.alone(c), path / "clients" / str(c), f"client {c}", None) for c in numbers}
-        return run_solos(
-            name, {c: Solo(c, job) for c, job in jobs.items()}, self._identity()[0], self.recipe.seed, self.stop, self.post
-        )
+        solos = {c: Solo(c, job) for c, job in jobs.items()}
+        complete = partial(_completed, host, jobs) if host.offsite else None
+        return run_solos(name, solos, self._identity()[0], self.recipe.seed, self.stop, self.post, complete)
 
     def _tell(self, path: Path, state: str) -> None:
         """RUN_DIR/state.json: what a batch script reads, where the exit code does not reach it."""
@@ -217,18 +230,34 @@ class Program:
                 write_atomically(path / "state.json", json.dumps({"state": state, "signal": self.stop.signal}) + "\n")
 
 
+def _completed(host: "Host", jobs: "Mapping[int, Session]", client: int, adapter: "Tensors") -> dict[str, Any]:
+    """What a party that trained alone with an emulator cannot tell: how its adapter does on the original model."""
+    assert host.offsite is not None and host.offsite.full is not None
+    full, path = host.offsite.full, jobs[client].path
+    found = {**host.score(adapter, full), **host.answer(adapter, full)} if host.parties.heldout else {}
+    full.save(adapter, path / "adapter")
+    if (path / "summary.json").exists():
+        from fedmpi.checkpoint import write_atomically
+
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        write_atomically(path / "summary.json", json.dumps({**summary, "final": {**summary["final"], **found}}, indent=2) + "\n")
+    return found
+
+
 def show(results: Mapping[str, Any], path: Path) -> None:
     """The table at the end."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
-    for column, justify in (("trained on", "left"), ("held-out loss", "right"), ("exact match", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for name, scores in rows_of(results):
-        accuracy = scores.get("exact_match")
-        loss = scores.get("eval_loss")
-        table.add_row(name, "-" if loss is None else f"{loss:.3f}", "-" if accuracy is None else f"{accuracy:.1%}")
+    rows = rows_of(results)
+    columns = {"eval_loss": ("held-out loss", "{:.3f}"), "exact_match": ("exact match", "{:.1%}")}
+    if any("eval_loss_emu" in scores for _, scores in rows):
+        columns |= {"eval_loss_emu": ("loss with emulator", "{:.3f}"), "exact_match_emu": ("match with emulator", "{:.1%}")}
+    table = Table("trained on")
+    for title, _ in columns.values():
+        table.add_column(title, justify="right")
+    for name, scores in rows:
+        table.add_row(name, *(form.format(scores[key]) if key in scores else "-" for key, (_, form) in columns.items()))
     print(f"results in {path}")
     Console(width=100, force_terminal=False).print(table)  # no escapes: a rank may have a terminal while its output is a file
 
@@ -241,7 +270,8 @@ def rows_of(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]
     if "local" in results:
         alone = results["local"]
         rows += [(f"client {client} alone", scores) for client, scores in sorted(alone.items())]
-        keys = set.intersection(*(set(scores) for scores in alone.values())) & {"eval_loss", "eval_token_accuracy", "exact_match"}
+        kept = {f"{key}{ending}" for key in ("eval_loss", "eval_token_accuracy", "exact_match") for ending in ("", "_emu")}
+        keys = kept.intersection(*alone.values())
         rows.append(("mean of the clients alone", {key: sum(s[key] for s in alone.values()) / len(alone) for key in keys}))
     if "global" in results:
         rows.append(("all data in one place", results["global"][0]))

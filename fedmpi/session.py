@@ -41,6 +41,7 @@ class Session:
     experiment: str = "alone"  # the program's: trainings inside a scenario are parts of one experiment
     settings: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # launcher and world, for the record
+    supply_bytes: int = 0  # what was handed out before this training
     near: str | None = None  # host:port that every rank can reach, where there is one
     quiet: bool = False
 
@@ -74,6 +75,17 @@ class Session:
         fed.farewell()
         return fed.end
 
+    @property
+    def adapter_bytes(self) -> int:
+        """What the adapter takes on the way to another rank; nothing where it stays."""
+        return 4 * num_bytes(self.host.base.fresh) if self.host.offsite else 0
+
+    def adapter(self) -> Tensors:
+        """The adapter of the last durable round."""
+        committed = RunFolder(self.path, self.experiment, self.recipe.keep).checkpoints.latest()
+        tensors = committed.tensors if committed else {}
+        return {name.removeprefix("adapter/"): tensor for name, tensor in tensors.items() if name.startswith("adapter/")}
+
     # ---- the server -----------------------------------------------------------------------------------------------------------
 
     def _lead(self, fed: Federation, parties: Mapping[int, Any], sizes: Mapping[int, int]) -> tuple[End, dict[str, Any] | None]:
@@ -87,6 +99,11 @@ class Session:
             folder.same_data(rows)
         if not done:
             folder.describe(facts)
+        if self.supply_bytes:
+            fed.ledger.totals["supply_bytes"] += self.supply_bytes
+            folder.pending.append(
+                {"round": committed.round if committed else -1, "event": "supply", "supply_bytes": self.supply_bytes}
+            )
         fed.conductor = self._conductor(sizes, committed.round + 1 if committed else 0)
         if not self.quiet:
             print(f"fedmpi: {self.title}: {described(sizes)}, weights by {recipe.weights}{_standing(committed, done)}", flush=True)
@@ -98,7 +115,8 @@ class Session:
         if done:
             fed.conductor.end = End.FINISHED
         owned = committed.owned if committed else {}
-        fed.welcome(owned, LEAST_LIMIT_BYTES + (self._most_bytes(server.adapter) if server else 0))
+        most = max(self._most_bytes(tensors or {}) for _, tensors in self.host.views(server).values())
+        fed.welcome(owned, LEAST_LIMIT_BYTES + most)
         keeper = Keeper(recipe, self.algorithm, self.host, folder, fed, self.stop, self.title, self.quiet, dict(owned))
         if server is None:
             for _ in fed.rounds():

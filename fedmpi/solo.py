@@ -5,7 +5,7 @@ of its own.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import SERVER, Federation
 from fedmpi.federation.updates import Update
 from fedmpi.round import End, place
+from fedmpi.session import LEAST_LIMIT_BYTES
 
 if TYPE_CHECKING:
     from fedmpi.federation.post import Post
@@ -32,22 +33,33 @@ class Solo:
 
 
 def run_solos(
-    name: str, jobs: Mapping[int, Solo], experiment: str, seed: int, stop: "Stop", post: "Post | None"
+    name: str,
+    jobs: Mapping[int, Solo],
+    experiment: str,
+    seed: int,
+    stop: "Stop",
+    post: "Post | None",
+    complete: Callable[[int, "Tensors"], Mapping[str, Any]] | None = None,
 ) -> tuple[End, dict[int, Any]]:
-    """Run all jobs on whatever ranks there are; the server learns every job's final scores."""
+    """Run all jobs on whatever ranks there are; the server learns every job's final scores.
+
+    With `complete` it gets the adapter as well, and adds what only it can tell of it.
+    """
     rank, size = (SERVER, 1) if post is None else (post.transport.rank, post.transport.size)
     fed = Federation(place(len(jobs), size), rank, post)
     fed.greet(experiment, dict.fromkeys(fed.placement.hosted_by(rank), 1))
     if rank == SERVER:
         end = End.SIGNAL if stop.wanted() else End.NO
         fed.conductor = Conductor([1] * len(jobs), 1, seed, len(jobs), "all", "equal", len(jobs), "stop", end=end)
-    fed.welcome({}, 1 << 20)
+    fed.welcome({}, LEAST_LIMIT_BYTES + max(job.session.adapter_bytes for job in jobs.values()))
     finals: dict[int, Any] = {}
     ends: set[End] = set()
     for rnd in fed.rounds():
         try:
             for update in fed.gather(rnd, jobs, _run):
                 finals[update.client] = update.metrics["final"]
+                if complete is not None and update.tensors:
+                    finals[update.client] = {**finals[update.client], **complete(update.client, update.tensors)}
                 ends.add(End(update.metrics["end"]))
                 if update.metrics["end"] == End.GIVEN_UP:
                     print(f"fedmpi: {name}: client {update.client} gave up, its output says why", file=sys.stderr, flush=True)
@@ -67,4 +79,5 @@ def run_solos(
 
 def _run(job: Solo) -> Update:
     end, summary = job.session.train()
-    return Update(job.id, {}, {"end": int(end), "final": summary["final"] if summary else {}})
+    adapter = job.session.adapter() if summary and job.session.host.offsite else {}
+    return Update(job.id, adapter, {"end": int(end), "final": summary["final"] if summary else {}})

@@ -7,6 +7,7 @@ from fedmpi.errors import ConfigError
 from fedmpi.lazy import door
 
 if TYPE_CHECKING:
+    from fedmpi.models.adapters import absorbed as absorbed
     from fedmpi.models.adapters import adapted as adapted
     from fedmpi.models.adapters import add_adapter as add_adapter
     from fedmpi.models.adapters import bare as bare
@@ -129,7 +130,19 @@ __getattr__ = door(
     {
         **dict.fromkeys(("base_of", "public_name", "load_tokenizer", "load_model", "load_shapes"), "backbone"),
         **dict.fromkeys(
-            ("add_adapter", "trained", "trainable", "load_trainable", "only", "save_adapter", "adapted", "merged", "worn", "bare"),
+            (
+                "add_adapter",
+                "trained",
+                "trainable",
+                "load_trainable",
+                "only",
+                "save_adapter",
+                "adapted",
+                "merged",
+                "absorbed",
+                "worn",
+                "bare",
+            ),
             "adapters",
         ),
         **dict.fromkeys(("virtual_positions", "rows_in_front", "to_continue"), "virtual"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.func import functional_call
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmpi.errors import ModelError
 from fedmpi.models import PeftConfig
+from fedmpi.models.backbone import decoder_layers
 from fedmpi.models.folding import fold_in, names_of_changes
 from fedmpi.models.methods import describe, initialise, require_place
 from fedmpi.tensors import Tensors, save_file
@@ -28,18 +30,27 @@ WHOLE = {"method": "none"}  # what stands in the settings where no adapter but t
 
 
 def add_adapter(
-    model: PreTrainedModel, peft: PeftConfig, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel,
+    peft: PeftConfig,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    layers: Collection[int] | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Wrap the model with what the method trains: in fp32, equal for equal seeds on every device, nothing else changed.
 
     The tokenizer turns `init_text` into a prompt; no other method looks at it. With method none it is the model that is trained.
+    With `layers`, counted from 0, lora and none keep to these of the repeated layers.
     """
     if peft.method == "none":
-        return model.float().requires_grad_(True).eval()
+        moving = [model] if layers is None else [decoder_layers(model)[number] for number in layers]
+        model.float()
+        for module in moving:
+            module.requires_grad_(True)
+        return model.eval()
     require_place(model, peft.method)
     try:
         with torch.random.fork_rng(devices=[]):  # peft draws numbers that are replaced below
-            adapted = get_peft_model(model, describe(model, peft))
+            adapted = get_peft_model(model, describe(model, peft, layers))
     except (ValueError, NotImplementedError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{type(model).__name__} cannot take peft.method {peft.method}: {reason}") from None
@@ -47,9 +58,12 @@ def add_adapter(
     return adapted.eval()
 
 
-def trainable(model: torch.nn.Module) -> Tensors:
-    """Copies of what is trained, by parameter name in order: CPU, fp32, contiguous, side by side in memory, ready to be sent."""
-    parameters = dict(sorted(trained(model).items()))
+def trainable(model: torch.nn.Module, names: Collection[str] | None = None) -> Tensors:
+    """Copies of what is trained, by parameter name in order: CPU, fp32, contiguous, side by side in memory, ready to be sent.
+
+    With `names` these parameters are meant, in that order, whether they move now or not.
+    """
+    parameters = trained(model, names)
     sizes = [parameter.numel() for parameter in parameters.values()]
     parts = torch.split_with_sizes(torch.empty(sum(sizes)), sizes)
     copies = {name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)}
@@ -60,9 +74,10 @@ def trainable(model: torch.nn.Module) -> Tensors:
 
 
 @torch.no_grad()
-def load_trainable(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write values into what is trained, in place. LoRA factors of another rank take the place of those that are there."""
-    parameters = trained(model)
+def load_trainable(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], names: Collection[str] | None = None) -> None:
+    """Write values into what is trained (or into `names`), in place. LoRA factors of another rank take the place of those that
+    are there."""
+    parameters = trained(model, names)
     if parameters.keys() != tensors.keys():
         missing, surplus = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
         raise ModelError(f"the adapter does not fit the model: missing {missing[:3]}, surplus {surplus[:3]}")
@@ -157,6 +172,16 @@ def worn(model: PreTrainedModel, folder: Path | None) -> Iterator[Any]:
             model.to(dtype).load_state_dict(kept, strict=False)
 
 
+def absorbed(model: PeftModel) -> PreTrainedModel:
+    """The backbone with the adapter in its weights: in copies of them, since the old ones may be another model's too."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            layer = module.get_base_layer()
+            layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    backbone: PreTrainedModel = model.merge_and_unload()
+    return backbone.requires_grad_(False).eval()
+
+
 def bare(model: Any) -> Any:
     """The backbone as it was, where an adapter stands before it rather than in it; else the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning else model
@@ -188,9 +213,11 @@ def _is_whole(folder: Path) -> bool:
     return WHOLE.items() <= settings.items()
 
 
-def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters that require gradients, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def trained(model: torch.nn.Module, names: Collection[str] | None = None) -> dict[str, torch.nn.Parameter]:
+    """The parameters that require gradients, by name in order; or those of `names`."""
+    parameters = dict(model.named_parameters())
+    chosen = sorted(name for name, p in parameters.items() if p.requires_grad) if names is None else names
+    return {name: parameters[name] for name in chosen}
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ Where a method begins depends on the seed and on the names of its parameters, no
 """
 
 import inspect
+from collections.abc import Collection
 from itertools import cycle, islice
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmpi.errors import ModelError
 from fedmpi.models import PeftConfig
-from fedmpi.models.targets import ALL_LINEAR, all_conv1d, find_targets
+from fedmpi.models.targets import ALL_LINEAR, all_conv1d, find_targets, inside
 from fedmpi.seeding import seed_for
 
 DEFAULT_RANGE = 0.02  # the spread of fresh embeddings where a model does not state its own
@@ -28,11 +29,11 @@ def require_place(model: PreTrainedModel, method: str) -> None:
         )
 
 
-def describe(model: PreTrainedModel, wanted: PeftConfig) -> peft.PeftConfig:
+def describe(model: PreTrainedModel, wanted: PeftConfig, layers: Collection[int] | None = None) -> peft.PeftConfig:
     """The method in peft's own words. Nothing in it names a file: a prompt's text becomes values in `initialise`."""
     match wanted.method:
         case "lora":
-            return _lora(model, wanted)
+            return _lora(model, wanted, layers)
         case "prefix":
             projected = wanted.encoder == "mlp"
             return peft.PrefixTuningConfig(**_virtual(wanted), prefix_projection=projected, encoder_hidden_size=_width(model))
@@ -67,9 +68,11 @@ def initialise(model: peft.PeftModel, wanted: PeftConfig, seed: int, tokenizer: 
         embedding.copy_(words(torch.tensor(ids, device=words.weight.device)))
 
 
-def _lora(model: PreTrainedModel, wanted: PeftConfig) -> peft.LoraConfig:
+def _lora(model: PreTrainedModel, wanted: PeftConfig, layers: Collection[int] | None) -> peft.LoraConfig:
     named = tuple(wanted.target_modules)
     targets: str | list[str] = ALL_LINEAR if named == (ALL_LINEAR,) else find_targets(model, named)
+    if layers is not None:
+        targets = inside(model, targets, layers)
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=wanted.rank,

@@ -1,5 +1,7 @@
 """Which modules of a backbone get an adapter: those that are named, else what projects queries and values. It trains nothing."""
 
+from collections.abc import Collection
+
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -34,6 +36,23 @@ def find_targets(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
     return sorted(set(wanted))
 
 
+def inside(model: PreTrainedModel, targets: str | list[str], layers: Collection[int]) -> list[str]:
+    """The whole names of the targets that lie in these of the repeated layers."""
+    repeated = decoder_layers(model)
+    there = {id(module) for number in layers for module in repeated[number].modules() if _is_linear(module)}
+    found = [name for name, module in model.named_modules() if id(module) in there and _is_target(name, targets)]
+    if not found:
+        numbers = ", ".join(map(str, layers))
+        raise ModelError(
+            f"layers {numbers} have no module for an adapter: peft.target_modules chooses from {', '.join(_leaves(model))}"
+        )
+    return found
+
+
+def _is_target(name: str, targets: str | list[str]) -> bool:
+    return targets == ALL_LINEAR or any(f".{name}".endswith(f".{target}") for target in targets)
+
+
 def _query_and_value(model: PreTrainedModel) -> list[str]:
     leaves = set(_leaves(decoder_layers(model)))
     for pair in QUERY_AND_VALUE:
@@ -60,6 +79,9 @@ def _is_linear(module: torch.nn.Module) -> bool:
 def all_conv1d(model: PreTrainedModel, targets: str | list[str]) -> bool:
     """GPT-2's transposed layers must be announced to peft, which spares the head when it takes all."""
     head = model.get_output_embeddings()
-    linear = [(name.rpartition(".")[2], module) for name, module in model.named_modules() if _is_linear(module)]
-    chosen = [module for leaf, module in linear if (leaf in targets if targets != ALL_LINEAR else module is not head)]
+    chosen = [
+        module
+        for name, module in model.named_modules()
+        if _is_linear(module) and (_is_target(name, targets) if targets != ALL_LINEAR else module is not head)
+    ]
     return bool(chosen) and all(isinstance(module, Conv1D) for module in chosen)

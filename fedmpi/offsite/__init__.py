@@ -3,7 +3,7 @@
 What FedOT, FedBiOT and single-party offsite tuning share. It must never know clients, rounds or links. This door needs no torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from fedmpi.errors import ConfigError
@@ -22,8 +22,24 @@ if TYPE_CHECKING:
     from fedmpi.offsite.layers import layout as layout
     from fedmpi.offsite.preparation import prealign as prealign
     from fedmpi.offsite.proximal import Proximal as Proximal
+    from fedmpi.offsite.shapes import outline as outline
 
 Builder = Literal["uniform", "influence", "shared", "thin", "quantized", "distilled"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What an algorithm of offsite tuning says of itself: where its adapter lies by default, whether rounds tune the emulator."""
+
+    first: int
+    last: int
+    tunes_emulator: bool
+
+    def resolve(self, config: "Config") -> "Config":
+        """The settings, with the algorithm's own adapter where nothing was said."""
+        first = self.first if config.adapter_first is None else config.adapter_first
+        last = self.last if config.adapter_last is None else config.adapter_last
+        return replace(config, adapter_first=first, adapter_last=last)
 
 
 @dataclass(frozen=True)
@@ -104,5 +120,6 @@ __getattr__ = door(
         **dict.fromkeys(("goal", "Goal", "align", "Aligned"), "alignment"),
         "prealign": "preparation",
         "Proximal": "proximal",
+        "outline": "shapes",
     },
 )

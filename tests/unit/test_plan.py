@@ -8,7 +8,7 @@ import pytest
 from fedmpi import models, recipe
 from fedmpi.models import PeftConfig
 from fedmpi.offsite import Config as OffsiteConfig
-from fedmpi.offsite.outline import outline
+from fedmpi.offsite.shapes import outline
 from fedmpi.plan import figures
 from fedmpi.plan.__main__ import main
 

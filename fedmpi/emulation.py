@@ -1,0 +1,269 @@
+"""What clients of offsite tuning train on instead of the model: made and aligned by the server, stored, handed out, taken over.
+
+A client's part of this never opens the model folder: whatever it holds came over the link.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmpi import data, models, offsite
+from fedmpi.checkpoint import file_sha256, sync
+from fedmpi.data.corpora import declaration
+from fedmpi.errors import CheckpointError, ConfigError, DataError, ModelError
+from fedmpi.federation.lockstep import SERVER
+from fedmpi.host import Base, Given, Offsite
+from fedmpi.models import skeleton
+from fedmpi.offsite.builders import NEEDS_TEXT
+from fedmpi.offsite.structure import reshape
+from fedmpi.recipe import Recipe
+from fedmpi.round import place
+from fedmpi.seeding import seed_for
+from fedmpi.tensors import num_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fedmpi.federation.post import Post
+    from fedmpi.federation.supply import Supply
+
+FOLDER, ABOUT, WEIGHTS = "emulator", "emulation.json", "model.safetensors"
+PUBLIC_SEED = 1  # builtin:toy as a public set: problems of the same world, other ones than the clients'
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """The emulator with the adapter's layers, as a bare model; `structure` is what its configuration does not say."""
+
+    given: Given
+    layout: offsite.Layout
+    structure: Mapping[str, Any]
+
+    def base(self, wanted: Recipe, scheme: offsite.Scheme, device: str) -> Base:
+        """The model with fresh tensors to train on it: on the adapter's layers, and on the emulator's where rounds tune it."""
+        layers = None if scheme.tunes_emulator else places(self.layout, "adapter")
+        return Base(wanted.model, wanted.peft, device, wanted.seed, self.given, layers, self.layout)
+
+    def supply(self) -> "Supply":
+        """What goes over the links, once."""
+        from fedmpi.federation.supply import FILES, Supply
+
+        facts = {
+            "config": skeleton.settings_of(self.given.model),
+            "layout": asdict(self.layout),
+            "structure": dict(self.structure),
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            self.given.tokenizer.save_pretrained(folder)
+            files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name in FILES}
+        return Supply(facts, files, skeleton.stored(self.given.model))
+
+
+def places(layout: offsite.Layout, part: str) -> tuple[int, ...]:
+    """Where the layers of a part stand in the compressed model."""
+    chosen = getattr(layout, part)
+    return tuple(place for place, number in enumerate(layout.order) if number in chosen)
+
+
+def outfit(
+    wanted: Recipe, scheme: offsite.Scheme, device: str, folder: Path, parties: data.Federated, post: "Post | None", experiment: str
+) -> tuple[Base, Offsite, int]:
+    """This rank's model to train on, what it may know besides, and on the server the bytes that were handed out."""
+    from fedmpi.federation import supply
+
+    if post is not None and post.transport.rank != SERVER:
+        made, outside = on_client(supply.take_over(post, experiment), wanted, scheme, device)
+        return made.base(wanted, scheme, device), outside, 0
+    made, outside = on_server(wanted, scheme, device, folder, parties)
+    clients, given = len(parties.clients), made.supply()
+    if post is None:  # what a federation's links would carry
+        sent = clients * (num_bytes(dict(given.tensors)) + sum(map(len, given.files.values())))
+    else:
+        placement = place(clients, post.transport.size, wanted.ranks_per_client, tuple(map(int, wanted.groups)))
+        sent = supply.hand_out(post, experiment, given, [peer for peer in post.transport.peers if placement.hosted_by(peer)])
+    return made.base(wanted, scheme, device), outside, sent
+
+
+def on_server(
+    wanted: Recipe, scheme: offsite.Scheme, device: str, folder: Path, parties: data.Federated
+) -> tuple[Emulation, Offsite]:
+    """Make the emulator, or open the one that a former start of this run has made; the original model stays here."""
+    config = scheme.resolve(wanted.offsite)
+    tokenizer, model = models.load_tokenizer(wanted.model), models.load_model(wanted.model, device)
+    own = folder / FOLDER
+    there = own if (own / ABOUT).exists() else config.emulator and Path(config.emulator).expanduser()
+    examples = cache(lambda: public_examples(wanted, config, tokenizer, parties))
+    if there:
+        emulator = reopen(there, model, config)
+    else:
+        looks = config.builder in NEEDS_TEXT
+        emulator = offsite.build(model, config, _some(examples(), config, tokenizer.pad_token_id) if looks else ())
+    layout, structure = emulator.layout, emulator.structure
+    full = Base(wanted.model, wanted.peft, device, wanted.seed, Given(model, tokenizer), layout.adapter)
+
+    @cache
+    def goal() -> offsite.Goal:
+        return offsite.goal(full.model, layout, examples(), config, seed=seed_for(wanted.seed, "public"), pad_id=full.pad_id)
+
+    if not there and config.prealign_steps:
+        emulator = _aligned(emulator, goal(), config, wanted)
+    if there != own:
+        store(emulator, structure, tokenizer, own)
+    about = json.loads((own / ABOUT).read_text(encoding="utf-8"))
+    made = Emulation(Given(emulator.model, tokenizer), layout, structure)
+    return made, Offsite(config, layout, full, goal, about)
+
+
+def on_client(supply: "Supply", wanted: Recipe, scheme: offsite.Scheme, device: str) -> tuple[Emulation, Offsite]:
+    """The emulator from what came over the link; a rank without clients has its tokenizer alone."""
+
+    facts = supply.facts
+    layout = _layout(facts["layout"])
+    model = skeleton.empty(facts["config"])
+    reshape(model, facts["structure"])
+    for name, tensor in supply.tensors:
+        skeleton.put(model, name, tensor.to(device))
+    if supply.tensors:
+        skeleton.whole(model, device)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in supply.files.items():
+            (Path(folder) / name).write_bytes(content)
+        (Path(folder) / "config.json").write_text(json.dumps(facts["config"]), encoding="utf-8")
+        tokenizer = models.load_tokenizer(models.Config(folder))
+    made = Emulation(Given(model, tokenizer), layout, facts["structure"])
+    return made, Offsite(scheme.resolve(wanted.offsite), layout)
+
+
+def _aligned(emulator: offsite.Emulator, goal: offsite.Goal, config: offsite.Config, wanted: Recipe) -> offsite.Emulator:
+    """Steps of alignment before the first round, merged: what clients get are no longer layers of the original."""
+    seed, layout = seed_for(wanted.seed, "prealign"), emulator.layout
+    lora = models.PeftConfig(rank=wanted.peft.rank, alpha=wanted.peft.alpha, target_modules=wanted.peft.target_modules)
+    student = models.add_adapter(emulator.model, lora, seed, None, places(layout, "emulator"))
+    done = offsite.align(goal, student, layout, config, wanted.train, steps=config.prealign_steps, seed=seed)
+    print(f"fedmpi: emulator of {len(layout.emulator)} layers for {len(layout.inner)}, aligned: {done.figures}", flush=True)
+    return replace(emulator, model=models.absorbed(student))
+
+
+def _some(examples: "Sequence[data.Example]", config: offsite.Config, pad_id: int) -> "list[data.Batch]":
+    """What a builder looks at: the first of the public rows, which stand in no order of difficulty."""
+    size = config.align_batch_size
+    return [data.collate(examples[start : start + size], pad_id) for start in range(0, min(16 * size, len(examples)), size)]
+
+
+def store(emulator: offsite.Emulator, structure: Mapping[str, Any], tokenizer: Any, folder: Path) -> None:
+    """A model folder that transformers opens, whole or not there."""
+    from fedmpi.tensors import save_file
+
+    beside = folder.with_name(f".{folder.name}")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        emulator.model.config.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        save_file(dict(skeleton.stored(emulator.model)), beside / WEIGHTS, metadata={"format": "pt"})
+        about = {"layout": asdict(emulator.layout), "structure": structure, "sha256": file_sha256(beside / WEIGHTS)}
+        (beside / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        for path in (*beside.iterdir(), beside):
+            sync(path)
+        os.rename(beside, folder)
+        sync(folder.parent)
+    except OSError as error:
+        raise CheckpointError(f"the emulator {folder} could not be written ({error}): make room and start again") from error
+
+
+def reopen(folder: Path, model: "PreTrainedModel", config: offsite.Config) -> offsite.Emulator:
+    """The emulator of a folder, sharing with the model everything that is equal in both."""
+
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        layout, sha256 = _layout(about["layout"]), about["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder} holds no emulator that can be used ({error!r}): give a RUN_DIR/emulator, or none"
+        ) from None
+    path, layers = offsite.find_layers(model)
+    asked = offsite.Layout(path, len(layers), config.adapter_first or 0, config.adapter_last or 0, layout.emulator)
+    if layout != asked:
+        raise ConfigError(
+            f"the emulator in {folder} is of another model or of other adapters: it says {_split(layout)}, "
+            f"and these settings {_split(asked)}"
+        )
+    emulator = offsite.Emulator(offsite.assemble(model, layout.order), layout)
+    reshape(emulator.model, about["structure"])
+    if (found := file_sha256(folder / WEIGHTS)) != sha256:
+        raise CheckpointError(f"{folder / WEIGHTS} should have SHA-256 {sha256[:12]}, found {found[:12]}: remove {folder}")
+    ours = dict(skeleton.stored(emulator.model))
+    for name, tensor in _tensors(folder / WEIGHTS):
+        alike = name in ours and ours[name].shape == tensor.shape and not ours[name].is_meta
+        if alike and bool((ours[name] == tensor.to(ours[name])).all()):
+            continue
+        if emulator.layout.part(emulator.layout.original(name)) != "emulator":
+            raise ModelError(f"the emulator in {folder} is of another model: {name} differs; give the folder of the right one")
+        skeleton.put(emulator.model, name, tensor.to(model.device))
+    return replace(emulator, model=skeleton.whole(emulator.model, model.device))
+
+
+def _layout(said: Mapping[str, Any]) -> offsite.Layout:
+    return offsite.Layout(**{**said, "emulator": tuple(said["emulator"])})
+
+
+def _split(layout: offsite.Layout) -> str:
+    return f"{layout.num_layers} layers at {layout.path}, adapters of {layout.first} and {layout.last}"
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
+    """The tensors of a file, one at a time."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
+            yield name, file.get_tensor(name)
+
+
+def _refuse_clients_files(wanted: Recipe, config: offsite.Config) -> None:
+    """Public rows that are the clients' own would be aligned on what the server must not have."""
+    same = declaration(wanted.data.name) is declaration(config.public_name)
+    if same and wanted.data.path is None and config.public_path is None:
+        raise ConfigError(f"offsite.public_name {config.public_name} is the clients' corpus: give another one")
+    if wanted.data.path is None or config.public_path is None:
+        return
+    public = Path(config.public_path).expanduser().resolve()
+    for client in range(wanted.clients or 1):
+        theirs = Path(wanted.data.path.replace("{client}", str(client))).expanduser().resolve()
+        if public == theirs or theirs in public.parents or (theirs.is_file() and public in theirs.parents):
+            raise ConfigError(f"offsite.public_path {config.public_path} lies in the clients' files ({theirs}): give another one")
+
+
+def _digests(record: Any) -> set[str]:
+    """Every SHA-256 that stands somewhere in a record of data."""
+    if isinstance(record, Mapping):
+        own = {str(record["sha256"])} if isinstance(record.get("sha256"), str) else set()
+        return own.union(*map(_digests, record.values()))
+    return set().union(*map(_digests, record)) if isinstance(record, list | tuple) else set()
+
+
+def public_examples(wanted: Recipe, config: offsite.Config, tokenizer: Any, parties: data.Federated) -> "list[data.Example]":
+    """The rows that the server aligns on: its own, and nobody's secret."""
+    from fedmpi.data import toy
+
+    if config.public_name == "builtin:toy":
+        rows = [data.Row(**values, id=f"public:{i}") for i, values in enumerate(toy.rows(4096, PUBLIC_SEED, "train"))]
+    else:
+        _refuse_clients_files(wanted, config)
+        corpus = data.load(
+            replace(wanted.data, name=config.public_name, path=config.public_path, fields={}, num_rows=None), wanted.seed
+        )
+        used = _digests(parties.record)
+        if shared := used & {str(facts.get("sha256")) for facts in corpus.files.values()}:
+            raise DataError(f"offsite.public_path {config.public_path} is a file of the clients (SHA-256 {min(shared)[:12]})")
+        rows = corpus.train
+    examples, counts = data.tokenize(rows, tokenizer, wanted.data)
+    if not examples:
+        raise DataError(f"offsite.public_name {config.public_name}: none of {len(rows)} rows has a token to align on ({counts})")
+    return examples
