@@ -3,6 +3,7 @@
     python -m fedmpi.evaluate RUN_DIR --task perplexity
     python -m fedmpi.evaluate RUN_DIR --task gsm8k --data test.jsonl --shots cot_8shot.txt
     python -m fedmpi.evaluate MODEL --task helm-mini --data HELM_FOLDER --out results
+    torchrun --nproc_per_node 4 -m fedmpi.evaluate RUN_DIR --task gsm8k       (the same numbers, sooner)
 
 A run folder brings its own configuration: base model, adapter, data, template. The result is RUN_DIR/evaluations/TASK.json, with
 every output. An evaluation that was interrupted goes on where it stopped. Exit codes: 0 done, 1 failed, 2 not possible.
@@ -10,25 +11,31 @@ every output. An evaluation that was interrupted goes on where it stopped. Exit 
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmpi import data, models, recipe
 from fedmpi.command import FINISHED, guarded
 from fedmpi.errors import ConfigError
+from fedmpi.world import from_environment
 
 if TYPE_CHECKING:
     from fedmpi.evaluation.decoding import Speaker
     from fedmpi.evaluation.task import Task
+    from fedmpi.federation.post import Post
+    from fedmpi.transports.base import Transport
 
 TASKS = (
     "perplexity, exact_match, gsm8k, humaneval, humaneval-x:LANGUAGE, helm, helm-mini, helm-qa (and helm:SUBTASK), answers, judge, "
     "lm_eval:NAME"
 )
+TIMEOUT_S = 60.0  # without a heartbeat of another rank
 CHUNK = 4  # batches between two times that records are written
 
 
@@ -62,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=16)
     add("--device", default="auto")
     add("--threads", type=int, default=1)
+    add("--transport", choices=("auto", "torch", "mpi"), default="auto", help="where the environment is ambiguous")
     add("--out", type=Path, help="folder for the result; default RUN_DIR/evaluations, or evaluations/MODEL")
     add("--again", action="store_true", help="discard a result of this task that is there already")
     return parser
@@ -106,29 +114,55 @@ def run(given: argparse.Namespace) -> int:
     """Open, ask, write."""
     import torch
 
-    from fedmpi.evaluation.speaker import open_speaker
-    from fedmpi.evaluation.task import Options
-    from fedmpi.evaluation.tasks import Subject, build
     from fedmpi.host import pick_device
+    from fedmpi.run import open_transport
 
     if given.batch_size < 1 or given.threads < 1:
         raise ConfigError(f"--batch_size {given.batch_size} and --threads {given.threads} must be at least 1")
     torch.set_num_threads(given.threads)
+    world = from_environment(os.environ, given.transport)
     target = open_target(given.target, given.out)
-    device = pick_device(given.device, 0)
+    device = pick_device(given.device, world.local_rank)
     if given.task.startswith("lm_eval:"):
+        if world.size > 1:
+            raise ConfigError("--task lm_eval runs in one process: start it without a launcher")
         return harness(target, given, device)
-    given.k = tuple(given.k)
-    options = Options(**{key: value for key, value in vars(given).items() if key in Options.__dataclass_fields__})
-    tokenizer = models.load_tokenizer(target.model)
-    task = build(Subject(options, tokenizer, target.data, target.clients, target.seed))
+    with open_transport(world, TIMEOUT_S) as transport:
+        return ask_all(target, given, device, transport)
+
+
+def ask_all(target: Target, given: argparse.Namespace, device: str, transport: "Transport | None") -> int:
+    """The questions of a task, shared by the ranks that there are; rank 0 keeps and shows the result."""
+    from fedmpi.evaluation.speaker import open_speaker
+    from fedmpi.evaluation.task import Options
+    from fedmpi.evaluation.tasks import Subject, build
+    from fedmpi.federation import shards
+    from fedmpi.federation.post import Post
+
+    wanted = {key: value for key, value in vars(given).items() if key in Options.__dataclass_fields__}
+    options = Options(**{**wanted, "k": tuple(given.k)})
+    task = build(Subject(options, models.load_tokenizer(target.model), target.data, target.clients, target.seed))
     result = Result(target.out, options.task.replace(":", "-").replace("/", "_"), target.facts(), task)
+    post = None if transport is None else Post(transport)
+    speaker = cache(lambda: open_speaker(target.model, target.adapter, device, given.batch_size))  # not where nothing is asked
+    if post is not None and post.transport.rank != shards.HEAD:
+        shards.help_out(post, lambda chunk: answered(task, speaker(), chunk))
+        return FINISHED
     found = result.finished(given.again)
     if found is None:
-        speaker = open_speaker(target.model, target.adapter, device, given.batch_size)
-        found = result.make(speaker, given.batch_size * CHUNK)
+        found = result.make(speaker(), given.batch_size * CHUNK, post)
+    else:
+        list(shards.handed_out(post, [], lambda chunk: {}))
     show(found, result.path)
     return FINISHED
+
+
+def answered(task: "Task", speaker: "Speaker", chunk: Sequence[int]) -> dict[str, Any]:
+    """What a rank tells of a chunk: its records, and what they cost."""
+    before = getattr(speaker, "seconds", 0.0), getattr(speaker, "cut", 0)
+    records = task.ask(speaker, chunk)
+    after = getattr(speaker, "seconds", 0.0), getattr(speaker, "cut", 0)
+    return {"records": records, "model_seconds": after[0] - before[0], "prompts_cut": after[1] - before[1]}
 
 
 def harness(target: Target, given: argparse.Namespace, device: str) -> int:
@@ -180,29 +214,36 @@ class Result:
         self._same(found["settings"], self.path)
         return found
 
-    def make(self, speaker: "Speaker", chunk: int) -> dict[str, Any]:
-        """Ask what is not answered yet, and finish."""
+    def make(self, speaker: "Speaker", chunk: int, post: "Post | None" = None) -> dict[str, Any]:
+        """Ask what is not answered yet, with the help of other ranks where there are any, and finish.
+
+        A chunk is asked whole or not at all: who else is in a batch moves a loss by the noise of a forward pass.
+        """
         from fedmpi.checkpoint import write_atomically
+        from fedmpi.federation.shards import handed_out
         from fedmpi.host import environment
 
         began, known = time.monotonic(), self._known()
         ids = self.task.ids
-        missing = [index for index, name in enumerate(ids) if name not in known]
+        chunks = [list(range(start, min(start + chunk, len(ids)))) for start in range(0, len(ids), chunk)]
+        missing = [one for one in chunks if any(ids[index] not in known for index in one)]
+        costs = {"model_seconds": 0.0, "prompts_cut": 0}
         with _appending(self.part) as file:
-            for start in range(0, len(missing), chunk):
-                for record in self.task.ask(speaker, missing[start : start + chunk]):
+            for told in handed_out(post, missing, partial(answered, self.task, speaker)):
+                for record in told["records"]:
                     known[record["id"]] = record
                     file.write(json.dumps(record) + "\n")
                 file.flush()
+                costs = {key: costs[key] + told[key] for key in costs}
         records = [known[name] for name in ids]
         result = {
             "task": self.name,
             **self.task.score(records),
             "settings": self.settings(),
             "seconds": time.monotonic() - began,
-            "model_seconds": getattr(speaker, "seconds", None),
-            "prompts_cut": getattr(speaker, "cut", None),
-            "asked_now": len(missing),
+            **costs,
+            "asked_now": sum(map(len, missing)),
+            "ranks": 1 if post is None else post.transport.size,
             **environment(),
             "records": records,
         }
@@ -244,7 +285,7 @@ def show(result: Mapping[str, Any], path: Path) -> None:
     score = result.get("score")
     print(f"{result['task']}: {'no score' if score is None else f'{score:.4f}'}{between}")
     for key, value in result.items():
-        if isinstance(value, int | float) and key not in ("score", "seconds", "model_seconds", "asked_now", "threads"):
+        if isinstance(value, int | float) and key not in ("score", "seconds", "model_seconds", "asked_now", "ranks", "threads"):
             print(f"  {key}: {value:.4f}" if isinstance(value, float) else f"  {key}: {value}")
     if worst := result.get("worst_client"):
         print(f"  worst client: {worst['client']} (loss {worst['loss']:.4f} over {worst['num_tokens']} tokens)")

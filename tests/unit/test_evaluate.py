@@ -1,6 +1,7 @@
 """The program: a run folder is all it needs, results are whole, an interruption is gone on from, faults are one line."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from fedmpi import config, data, evaluate, models
 from fedmpi.evaluation import heldout_loss
 from fedmpi.evaluation.task import Options
 from fedmpi.evaluation.tasks import Subject, build
+from fedmpi.federation import shards
+from fedmpi.federation.post import Post
 from fedmpi.recipe import Recipe
+from fedmpi.transports import in_process
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +129,44 @@ def test_a_run_that_has_not_finished_is_told(run_dir, tmp_path, capsys):
     (tmp_path / "clients" / "0" / "adapter").mkdir(parents=True)
     assert evaluate.main([str(tmp_path), "--task", "perplexity"]) == 2
     assert "holds 1 clients trained alone: give one of them, such as" in capsys.readouterr().err
+
+
+class Counting(Oracle):
+    """Answers, and remembers which questions it got."""
+
+    def __init__(self, golds):
+        super().__init__(golds)
+        self.asked, self.cut = [], 0
+
+    def say(self, prompts, decoding, keys, limits=()):
+        self.asked += keys
+        self.cut += 1
+        return super().say(prompts, decoding, keys, limits)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_share_the_chunks_and_rank_0_keeps_all_answers(size, tmp_path):
+    task = build(Subject(Options("exact_match", rows=50), None, data.Config(num_rows=50), 5, 0))
+    golds = {row.id: row.output for row in task.heldout.rows}
+    speakers = [Counting(golds) for _ in range(size)]
+    transports = in_process.open_all(size, timeout_s=20.0)
+    found = []
+
+    def rank(number):
+        with transports[number] as transport, transport.turn:
+            if number:
+                shards.help_out(Post(transport), lambda chunk: evaluate.answered(task, speakers[number], chunk))
+            else:
+                post = Post(transport) if size > 1 else None
+                found.append(evaluate.Result(tmp_path, "exact_match", {}, task).make(speakers[0], 8, post))
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [record["id"] for record in found[0]["records"]] == list(task.ids) and found[0]["score"] == 1.0
+    chunks = [list(task.ids[start : start + 8]) for start in range(0, 50, 8)]
+    for number, speaker in enumerate(speakers):
+        assert speaker.asked == [name for chunk in chunks[number::size] for name in chunk]
+    assert (found[0]["ranks"], found[0]["prompts_cut"], found[0]["asked_now"]) == (size, len(chunks), 50)
