@@ -2,9 +2,9 @@
 
     python benchmarks/aggregation.py [--rules mean,ffa,...] [--rounds 6] [--steps 6] [--clients 4] [--ranks 8,2,4,8]
 
-The packaged model on toy instructions dealt by category, so that clients drift apart; every rule on the same rows and seeds. One JSON
-line for each: the recorded error (the worst round and the last), the held-out loss, bytes a round, seconds of the server outside of
-training, and with --ranks the same for clients of unequal ranks.
+The packaged model on toy instructions dealt by category, so that clients drift apart; every rule on the same rows and seeds.
+Prints a JSON line for each: the recorded error (of the worst round and the last), the held-out loss, bytes a round, milliseconds
+of a round's aggregation; with --ranks the same for clients of unequal ranks.
 """
 
 import argparse

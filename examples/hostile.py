@@ -4,8 +4,8 @@ ByzFL (arXiv 2505.24802): hostile clients know what all others are about to send
     cd examples && python -m fedmpi.run --algorithm hostile --hostile.attack sign_flip --clients 8 \
         --weights equal --aggregation.robust multi_krum
 
-The file exports what every algorithm does (CONTRIBUTING.md lists it) and takes from FedAvg what stays as it is. Its own settings are
-the fields of Config. Nothing is registered: the name on the command line is the module's.
+The file exports what every algorithm does (CONTRIBUTING.md lists it) and takes from FedAvg what stays as it is. Its own settings
+are the fields of Config. Nothing is registered: the name on the command line is the module's.
 """
 
 from collections.abc import Callable, Mapping

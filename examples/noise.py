@@ -2,8 +2,8 @@
 
     cd examples && python -m fedmpi.run --rounds 2 --train.hooks noise.Noise
 
-A hook is called at the points of a step that it defines. Each client's turn begins by seeding torch, so noise that comes from torch's
-generator is the same wherever the client lives, and the run has the same bytes on any number of ranks.
+A hook is called at the points of a step that it defines. Each client's turn begins by seeding torch, so noise that comes from
+torch's generator is the same wherever the client lives, and the run has the same bytes on any number of ranks.
 """
 
 import torch

@@ -52,7 +52,7 @@ def test_its_settings_are_options(settings: list[str]) -> None:
 
 
 def test_robust_rules_keep_a_quarter_of_hostile_clients_from_doing_harm(settings: list[str], tmp_path: Path) -> None:
-    """Of what a clean run gains in held-out loss, nine tenths are kept under every attack; one takes all of it from the plain mean."""
+    """Of what a clean run gains in held-out loss, nine tenths are kept under every attack; one takes it all from the plain mean."""
     clean = loss(settings, tmp_path / "clean", "none")
     gain = json.loads((tmp_path / "clean" / "summary.json").read_text())["base"]["eval_loss"] - clean
     assert gain > 0.05
