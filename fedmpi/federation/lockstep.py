@@ -214,6 +214,7 @@ class Federation:
         if self.rank != SERVER:
             counted = {"received": transport.received[SERVER].payload_bytes, "sent": transport.sent[SERVER].payload_bytes}
             self.post.send_json(SERVER, Kind.FAREWELL, counted)
+            self.post.expect(SERVER, Kind.FAREWELL, -1, "waiting for the ledger to be closed").release()
             return
         for peer in transport.peers:
             message = self.post.expect(peer, Kind.FAREWELL, -1, "closing the ledger")
@@ -224,6 +225,8 @@ class Federation:
                     f"ledger: the server sent {sent} payload bytes to rank {peer} and received {received}, "
                     f"which received {theirs['received']} and sent {theirs['sent']}"
                 )
+        # nobody goes on before that, or the greeting of the next training would be counted in this one
+        self.post.send_bytes(transport.peers, Kind.FAREWELL, b"")
 
     def close_books(self) -> dict[str, int]:
         """The bytes of the round: what carried tensors, and everything else as control bytes."""

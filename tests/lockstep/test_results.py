@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from fedmpi import recipe as recipes
 from fedmpi.data import federate, tokenize
 from fedmpi.errors import CheckpointError
 from fedmpi.evaluation import heldout_loss
+from fedmpi.federation.post import Post
+from fedmpi.messages import Kind
 from tests.lockstep.ranks import STOPS, adapter, recipe, run
 
 
@@ -55,6 +59,22 @@ def test_all_scenarios_and_the_table(settings: list[str], tmp_path: Path, capsys
     again = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
     assert run(recipe(*short), tmp_path, 2) == [0, 0]
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == again
+
+
+def test_a_server_that_is_slow_to_close_one_training_does_not_mix_it_with_the_next(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expect = Post.expect
+
+    def slow(post: Post, peer: int, kind: Kind, *rest: Any) -> Any:
+        message = expect(post, peer, kind, *rest)
+        if kind is Kind.FAREWELL and post.transport.rank == 0:
+            time.sleep(0.2)
+        return message
+
+    monkeypatch.setattr(Post, "expect", slow)
+    short = [*settings, "--scenario=all", "--rounds=1", "--clients=2", "--clients_per_round=2", "--data.splitter=iid"]
+    assert run(recipe(*short), tmp_path, 3) == [0] * 3
 
 
 def test_local_runs_have_the_same_bytes_wherever_they_run(settings: list[str], tmp_path: Path) -> None:
