@@ -344,7 +344,7 @@ def pick_device(asked: str, local_rank: int) -> str:
 
 def trained_share(tensors: Mapping[str, Any], model: Any) -> float:
     """Trained parameters among all."""
-    return float(sum(t.numel() for t in tensors.values()) / sum(p.numel() for p in model.parameters()))
+    return float(sum(t.numel() for t in tensors.values()) / sum(models.num_weights(p) for p in model.parameters()))
 
 
 def environment() -> dict[str, Any]:

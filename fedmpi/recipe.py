@@ -143,7 +143,21 @@ class Recipe:
         if self.sampling not in ("all", "uniform", "weighted") and not self.sampling.startswith("fixed:"):
             raise ConfigError(f"sampling {self.sampling!r}: allowed are all, uniform, weighted, fixed:0,3,5")
 
+        if self.model.quantization != "none":
+            self._can_be_quantized()
         self._can_be_aggregated()
+
+    def _can_be_quantized(self) -> None:
+        """Numbers of four or eight bits are neither trained, nor added to, nor shared out among ranks."""
+        given = f"model.quantization {self.model.quantization}"
+        if self.peft.method == "none":
+            raise ConfigError(f"{given} freezes the base, peft.method none trains it: give an adapter, or quantization none")
+        if self.aggregation.rule in FOLDING:
+            raise ConfigError(
+                f"{given}: aggregation.rule {self.aggregation.rule} adds to the base, which cannot be: give another rule"
+            )
+        if self.train.engine == "deepspeed" and self.train.zero_stage == 3:
+            raise ConfigError(f"{given}: train.zero_stage 3 shares out the base, which cannot be: give 1 or 2")
 
     def _can_be_aggregated(self) -> None:
         """Rules that do not go with a method, a model or each other."""

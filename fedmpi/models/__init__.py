@@ -1,5 +1,6 @@
 """Models: the frozen backbone and the adapter on it. It must never know clients, rounds or where data come from."""
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
     from fedmpi.models.outline import same_for_all as same_for_all
     from fedmpi.models.outline import stored as stored
     from fedmpi.models.packing import require_packing as require_packing
+    from fedmpi.models.quantized import num_weights as num_weights
     from fedmpi.models.targets import find_targets as find_targets
     from fedmpi.models.virtual import rows_in_front as rows_in_front
     from fedmpi.models.virtual import to_continue as to_continue
     from fedmpi.models.virtual import virtual_positions as virtual_positions
+
+# peft imports bitsandbytes wherever it is installed, and that asks in vain for an optional kernel from the hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,12 @@ class Config:
     Args:
         path: a folder, a hub id, or builtin:tiny
         dtype: auto is float32 on CPU and bfloat16 on GPU
+        quantization: of the base's linear layers, int8 or nf4 (QLoRA), through bitsandbytes
     """
 
     path: str = "builtin:tiny"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "int8", "nf4"] = "none"
 
 
 Method = Literal["lora", "prefix", "ptuning", "prompt", "none"]
@@ -149,6 +156,7 @@ __getattr__ = door(
         **dict.fromkeys(("Outline", "same_for_all", "stored"), "outline"),
         "Folds": "folding",
         "find_targets": "targets",
+        "num_weights": "quantized",
         "require_packing": "packing",
         "initialise": "methods",
     },

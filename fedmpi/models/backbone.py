@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmpi.errors import ModelError
-from fedmpi.models import Config
+from fedmpi.models import Config, quantized
 
 T = TypeVar("T")
 BUILTIN = "builtin:"
@@ -70,13 +70,16 @@ def load_model(config: Config, device: str | torch.device = "cpu") -> PreTrained
         _check_folder(Path(base), config.path)
     options: dict[str, Any] = {"local_files_only": _is_here(base), "trust_remote_code": False, "use_safetensors": True}
     # Sizes that differ are let through here, so that the check below names them in one line.
-    options |= {"dtype": _dtype(config, device), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    dtype = _dtype(config, device)
+    options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= quantized.loading(config, dtype, device)
     with _quiet():
         model, info = _attempt("model", config, lambda: AutoModelForCausalLM.from_pretrained(base, **options))
     if wrong := sorted(info["missing_keys"]) + sorted(key[0] for key in info["mismatched_keys"]):
         raise ModelError(f"model.path {config.path} lacks {len(wrong)} weights, or their shape differs: {', '.join(wrong[:3])}")
     model.name_or_path = public_name(config)
-    return model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval()
+    return model if config.quantization != "none" else model.to(device)  # quantised it is there, and may not be moved
 
 
 def load_shapes(config: Config, device: str = "cpu") -> PreTrainedModel:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fedmpi.training.optim import OptimState as OptimState
     from fedmpi.training.zero import check as check
 
-Optimizer = Literal["adamw", "adam", "sgd"]
+Optimizer = Literal["adamw", "adam", "sgd", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
 Schedule = Literal["constant", "cosine", "linear"]
 Precision = Literal["fp32", "bf16", "fp16", "half"]
 EngineName = Literal["plain", "ddp", "deepspeed"]
@@ -48,8 +48,9 @@ class Config:
         epochs: passes over the client's examples, ceil(examples / batch_size) micro-batches each.
         batch_size: samples of a micro-batch, on each rank of a clustered client.
         lr: peak learning rate.
-        optimizer: adamw, adam or sgd (without momentum).
-        betas: of adamw and adam.
+        optimizer: adamw, adam or sgd (without momentum); through bitsandbytes adamw8bit, whose state takes a quarter of the memory,
+            and paged_adamw, paged_adamw8bit, whose state leaves a full GPU for the CPU.
+        betas: of adamw and adam of every kind.
         weight_decay: of the optimiser.
         schedule: constant, cosine or linear, over the steps of one turn.
         warmup_steps: steps over which the rate rises to lr, at the start of every turn.
@@ -103,6 +104,9 @@ class Config:
         for key, choice in _CHOICES.items():
             names = get_args(choice)
             _expect(self, key, names.__contains__, f"one of {', '.join(names)}")
+        if "paged" in self.optimizer or "8bit" in self.optimizer:
+            _expect(self, "optimizer_state", "fresh".__eq__, f"fresh with train.optimizer {self.optimizer}")
+            _expect(self, "engine", ("plain", "ddp").__contains__, f"plain or ddp with train.optimizer {self.optimizer}")
         if self.engine != "deepspeed":
             for key in ("zero_stage", "zero_offload", "deepspeed"):
                 _expect(self, key, lambda value: not value, f"nothing with train.engine {self.engine}: it belongs to deepspeed")

@@ -15,6 +15,7 @@ from fedmpi.data.batching import Batch, batches
 from fedmpi.data.prompts import Example
 from fedmpi.errors import NonFinite, TrainingError
 from fedmpi.models.logits import supervised_logits
+from fedmpi.models.quantized import num_weights
 from fedmpi.seeding import seed_everything, seed_for
 from fedmpi.training import Config, engines, optim
 from fedmpi.training.engines import Engine
@@ -146,15 +147,15 @@ def num_micro_batches(config: Config, num_examples: int, num_ranks: int = 1) -> 
 
 def flops_per_token(model: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]) -> int:
     """Operations that training takes per token, from the shapes of all the model's parameters (see Fit)."""
-    num_weights = num_trained = 0
+    num_all = num_trained = 0
     for parameter in parameters:
-        num_weights += parameter.numel()
+        num_all += num_weights(parameter)
         num_trained += parameter.numel() if parameter.requires_grad else 0
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None or head.weight is not embedding:
-        num_weights -= embedding.numel()
-    return 4 * num_weights + 2 * num_trained
+        num_all -= embedding.numel()
+    return 4 * num_all + 2 * num_trained
 
 
 def _begin(

@@ -10,6 +10,8 @@ from fedmpi.errors import TrainingError
 from fedmpi.tensors import Tensors
 from fedmpi.training import Config
 
+_FOREIGN = {"adamw8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw8bit": "PagedAdamW8bit"}  # in bitsandbytes
+
 
 @dataclass(frozen=True)
 class OptimState:
@@ -33,8 +35,25 @@ def build(parameters: Mapping[str, torch.nn.Parameter], config: Config) -> torch
     trained = list(parameters.values())
     if config.optimizer == "sgd":
         return torch.optim.SGD(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    if config.optimizer in _FOREIGN:
+        return _foreign(trained, config)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return kind(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+
+
+def _foreign(trained: list[torch.nn.Parameter], config: Config) -> torch.optim.Optimizer:
+    device = trained[0].device.type
+    if config.optimizer.startswith("paged") and device != "cuda":
+        raise TrainingError(
+            f"train.optimizer {config.optimizer} pages between GPU and CPU, this rank trains on {device}: leave paged out"
+        )
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise TrainingError(f"train.optimizer {config.optimizer} needs bitsandbytes: pip install 'fedmpi[quant]'") from None
+    kind = getattr(bitsandbytes.optim, _FOREIGN[config.optimizer])
+    made: torch.optim.Optimizer = kind(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    return made
 
 
 def rate(config: Config, index: int, num_steps: int) -> float:

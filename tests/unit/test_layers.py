@@ -26,7 +26,7 @@ PLACES = {
     "torch.distributed": ("transports/torch_dist", "training/"),
     "transformers": ("models/", "evaluation/"),
     "peft": ("models/", "evaluation/"),
-    "bitsandbytes": ("models/",),
+    "bitsandbytes": ("models/", "training/optim"),
     "datasets": ("data/",),
     "deepspeed": ("training/",),
 }

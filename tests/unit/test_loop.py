@@ -235,7 +235,7 @@ def test_nothing_to_train_on_or_with():
         ("weight_decay", -0.1, "0 or more"),
         ("warmup_steps", -1, "0 or more"),
         ("clip_norm", -1.0, "above 0, or 0 or null"),
-        ("optimizer", "adagrad", "one of adamw, adam, sgd"),
+        ("optimizer", "adagrad", "one of adamw, adam, sgd, adamw8bit, paged_adamw, paged_adamw8bit"),
         ("schedule", "step", "one of constant, cosine, linear"),
         ("precision", "fp8", "one of fp32, bf16, fp16, half"),
         ("engine", "horovod", "one of plain, ddp, deepspeed"),
