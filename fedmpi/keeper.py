@@ -179,6 +179,7 @@ class Keeper:
         """State first, then the metrics lines: a line that is there tells of a round that cannot be lost."""
         record = {"lines": self.folder.pending, "history": self.history, "totals": dict(self.fed.ledger.totals)}
         state = saved(server) | prefixed("base/", self.host.base.folds.saved())
+        state |= prefixed("downlink/", self.fed.downlink.saved(round_index))
         self.folder.checkpoints.commit(round_index, state, record, self.owned)
         self.folder.publish()
         assert self.fed.conductor is not None

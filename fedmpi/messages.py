@@ -71,6 +71,7 @@ class Kind(IntEnum):
     ANSWER = 15
     FOLD = 16
     SUPPLY = 17
+    CODED = 18  # a broadcast or an update under a codec chain
 
 
 @dataclass(frozen=True)

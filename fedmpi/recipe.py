@@ -7,7 +7,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, Literal
 
-from fedmpi import config
+from fedmpi import codecs, config
 from fedmpi.aggregation import FOLDING, Optimizer, ServerConfig
 from fedmpi.aggregation import Config as AggregationConfig
 from fedmpi.data import Config as DataConfig
@@ -61,6 +61,9 @@ class Recipe:
         eval_every: rounds between evaluations (the first is before round 0); 0 = only at the end
         on_quorum_lost: repeat the round with a new cohort (three times at most), or stop
         server_optimizer: none, or what steps along the clients' move: avgm (FedAvgM), adam, yogi or adagrad (FedAdam and so on)
+        codec: what tensors are coded by on their way: raw, or stages such as delta,int8,ef,zstd (see fedmpi.codecs)
+        codec_up: of updates, where it differs
+        codec_down: of broadcasts, where it differs
         transport: auto, torch or mpi; decides where the environment is ambiguous
         link_mbps: speed of a client's link, for the seconds that its transfers would take there; default unknown
     """
@@ -87,6 +90,9 @@ class Recipe:
     eval_every: int = 1
     on_quorum_lost: Literal["repeat", "stop"] = "repeat"
     server_optimizer: Optimizer = "none"
+    codec: str = "raw"
+    codec_up: str | None = None
+    codec_down: str | None = None
     transport: Literal["auto", "torch", "mpi"] = "auto"
     link_mbps: float | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -127,6 +133,7 @@ class Recipe:
                 raise ConfigError(
                     f"sampling {self.sampling} names the cohort: leave clients_per_round {self.clients_per_round} out"
                 )
+        self.chain("up"), self.chain("down")
         if self.early_stop and not self.eval_every:
             raise ConfigError(f"early_stop {self.early_stop} needs evaluations: give eval_every 1 or more")
         if self.scenario != "fed" and grouped:
@@ -183,6 +190,11 @@ class Recipe:
             )
         if optimizer == "none" and self.server != ServerConfig():
             raise ConfigError("server.* are settings of the server's optimiser: give server_optimizer avgm, adam, yogi or adagrad")
+
+    def chain(self, way: str) -> codecs.Chain:
+        """How tensors are coded on their way up or down."""
+        key = f"codec_{way}" if getattr(self, f"codec_{way}") is not None else "codec"
+        return codecs.parse(getattr(self, key), key)
 
     def settings(self) -> dict[str, Any]:
         """All settings as plain values."""

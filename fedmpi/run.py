@@ -210,6 +210,7 @@ class Program:
         from fedmpi.solo import Solo, run_solos
 
         wanted = replace(self.recipe, clients_per_round=None, sampling="all", min_clients=1)
+        wanted = replace(wanted, codec="raw", codec_up=None, codec_down=None)  # nothing is exchanged
         if not wanted.early_stop:
             wanted = replace(wanted, eval_every=0)  # only the end of a solo run stands in the table
         if name == "global":

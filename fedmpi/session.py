@@ -56,8 +56,9 @@ class Session:
         folds = self.host.base.folds
         folds.restore({})  # another training may have stood on this base
         fed = Federation(
-            placement, rank, self.post, vault=vault, near=self.near, ground=folds, answer=answer, device=self.host.base.device
-        )
+            placement, rank, self.post, vault=vault, near=self.near, ground=folds, answer=answer, device=self.host.base.device,
+            up=recipe.chain("up"), down=recipe.chain("down"),
+        )  # fmt: skip
         # ranks that read other rows are as foreign as ranks with other settings
         experiment = f"{self.experiment} on data {config.digest(self.host.parties.record)}"
         sizes = fed.greet(experiment, {c: self.host.num_examples(c) for c in hosted}, {c: self.host.about(c) for c in hosted})
@@ -112,6 +113,7 @@ class Session:
         if committed is not None and server is not None:
             server = restored(server, committed.tensors)
             self.host.base.folds.restore(part(committed.tensors, "base/"))
+            fed.downlink.restore(part(committed.tensors, "downlink/"))
         if done:
             fed.conductor.end = End.FINISHED
         owned = committed.owned if committed else {}

@@ -3,7 +3,7 @@ minimises its own loss plus (mu/2) |w - w_t|^2, the squared distance of what it 
 are lines of Algorithm 2.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fedmpi import federation, models, training
@@ -85,6 +85,7 @@ def build_client(config: Config, host: "Host", client: int) -> Client:
 def run_round(fed: "Federation", rnd: "Round", server: Server | None, clients: "Mapping[int, Client]") -> Server | None:
     """One communication round. Every rank runs this; `server` is None and `clients` is empty where they do not live."""
     sent = fed.broadcast(server.adapter if server else None)  # 2-3: the cohort gets w_t
+    server = replace(server, adapter=sent) if server else None  # what everybody decoded is what the round stands on
     check = server.host.check(server, rnd) if server else None
     received = fed.gather(rnd, clients, lambda client: client_update(client, sent, rnd), check)  # 4-5: w_k near w_t, sent back
     if server:

@@ -98,9 +98,11 @@ def build_client(config: Config, host: "Host", client: int) -> Client:
 
 def run_round(fed: "Federation", rnd: "Round", server: Server | None, clients: "Mapping[int, Client]") -> Server | None:
     """One communication round. Every rank runs this; `server` is None and `clients` is empty where they do not live."""
-    from fedmpi.tensors import prefixed
+    from fedmpi.tensors import part, prefixed
 
     sent = fed.broadcast({**server.adapter, **prefixed(CONTROL, server.control)} if server else None)  # 4-5: x and c
+    if server:  # what everybody decoded is what the round stands on
+        server = replace(server, adapter={name: sent[name] for name in server.adapter}, control=part(sent, CONTROL))
     check = server.host.check(server, rnd, beside=prefixed(CONTROL, server.control)) if server else None
     received = fed.gather(rnd, clients, lambda client: client_update(client, sent, rnd), check)  # 6-15
     if server:

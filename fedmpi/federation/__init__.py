@@ -1,6 +1,7 @@
 """The federation: what an algorithm sees of the other ranks, and what the server decides for all of them.
 
 arrivals    what the server receives in a round, whole or in pieces
+coding      messages under a codec chain, and what a chain has to remember
 lockstep    Federation: rounds, broadcast, gather; the same calls in the same order on every rank
 conductor   the server's decisions: cohort, verdict, stop
 owned       state that clients own, provisional until it counts

@@ -17,14 +17,15 @@ import torch
 
 from fedmpi import messages
 from fedmpi.aggregation.mean import Piece
+from fedmpi.codecs import Chain
 from fedmpi.errors import ProtocolError, TrainingError
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.post import Post
 from fedmpi.federation.updates import Failure, Outcome, Update
 from fedmpi.ledger import Ledger
-from fedmpi.messages import Kind
+from fedmpi.messages import Kind, Packed, manifest_of
 from fedmpi.round import Placement, Round
-from fedmpi.tensors import num_bytes, room
+from fedmpi.tensors import Tensors, room
 from fedmpi.transports.inbox import Message
 
 MOST_WHOLE = 2  # updates that are put together at a time; the others wait on their links
@@ -44,7 +45,7 @@ class Tally:
         """Updates with their weights; failures go to the record; the end of the updates is the verdict."""
         for outcome in outcomes:
             if isinstance(outcome, Update):
-                self.ledger.up[outcome.client] += num_bytes(outcome.tensors)
+                self.ledger.up[outcome.client] += outcome.num_bytes
             checked = self._passed(outcome) if isinstance(outcome, Update) else outcome
             if isinstance(checked, Failure):
                 self.fail(checked)
@@ -85,6 +86,8 @@ class Arrivals:
     post: Post
     placement: Placement
     tally: Tally
+    up: Chain = field(default_factory=Chain)
+    sent: Tensors = field(default_factory=dict)  # the round's broadcast
     _missing: set[int] = field(default_factory=set)
     _begun: dict[int, Update] = field(default_factory=dict)  # by client, without tensors
 
@@ -97,17 +100,28 @@ class Arrivals:
             if isinstance(message, Failure):
                 self.tally.fail(message)
                 continue
-            update = self._update(message)
-            like = self.post.manifest(message).like
-            for first, values in self.post.pieces(message):
-                yield Piece(update.client, update.weight, like, first, values)
-            ends = message.last
+            update, ends = self._update(message), message.last
+            yield from self._pieces(update, message)
             message.release()  # the consumer has asked for the next one: it is done with this
             if ends:
                 self._missing.discard(update.client)
                 self.tally.ledger.up[update.client] += message.header.length
                 self.tally.outcome.note(update)
         self.tally.close()
+
+    def _pieces(self, update: Update, message: Message) -> Iterator[Piece]:
+        if message.header.kind is Kind.CODED:
+            tensors = self._decoded(message)
+            whole = manifest_of(tensors)
+            found = whole.cut(Packed(tensors, whole).buffer(0, whole.num_bytes), 0)
+        else:
+            whole, found = self.post.manifest(message), self.post.pieces(message)
+        for first, values in found:
+            yield Piece(update.client, update.weight, whole.like, first, values)
+
+    def _decoded(self, message: Message) -> Tensors:
+        """What an update under the chain says, given that the client has had the round's broadcast."""
+        return self.post.decode(message, self.up, self.sent)
 
     def _update(self, message: Message) -> Update:
         """What is known of the update that the message is a part of."""
@@ -128,6 +142,11 @@ class Arrivals:
                 yield message
                 continue
             update, ends = self._update(message), message.last
+            if message.header.kind is Kind.CODED:
+                self._missing.discard(update.client)
+                yield replace(update, tensors=self._decoded(message), coded_bytes=message.header.length)
+                message.release()
+                continue
             if message.payload is not None and not (ends and not message.first):
                 if message.peer not in filling:
                     filling[message.peer] = room(message.header.length, torch.uint8)
@@ -160,7 +179,8 @@ class Arrivals:
     def _belongs(self, message: Message) -> None:
         """Identity comes from the link: a rank speaks for the clients that were placed on it, in this round, once."""
         header, index, missing = message.header, self.tally.rnd.index, self._missing
-        if header.kind not in (Kind.UPDATE, Kind.FAILURE) or header.round != index:
+        update = Kind.UPDATE if self.up.raw else Kind.CODED
+        if header.kind not in (update, Kind.FAILURE) or header.round != index:
             raise ProtocolError(
                 f"rank {message.peer} sent {header.kind.name} of round {header.round}, expected updates of round {index}"
             )

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fedmpi import training
+from fedmpi.codecs import Chain
 from fedmpi.errors import Aborted, FedmpiError, LinkError, ProtocolError, WorldError
 from fedmpi.federation import scores
 from fedmpi.federation.arrivals import Arrivals, Tally
+from fedmpi.federation.coding import OWNED, Downlink, encode
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.ground import Ground, Levelling
 from fedmpi.federation.owned import Owned
@@ -44,6 +46,8 @@ class Federation:
     device: str = "cpu"  # where clients that live here compute
     near: str | None = None  # host:port of something that every rank can reach, where there is one
     ground: Ground | None = None  # what each process holds once and the server may change
+    up: Chain = field(default_factory=Chain)  # what updates are coded by
+    down: Chain = field(default_factory=Chain)  # and broadcasts
     answer: scores.Answer | None = None  # how clients that live here score what the server asks about, on rows of their own
     about: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # on the server: what clients told of themselves
     outcome: Outcome = field(default_factory=Outcome)
@@ -55,6 +59,9 @@ class Federation:
 
     def __post_init__(self) -> None:
         self._owned = Owned(self.vault, self.leads)
+        self.downlink = Downlink(self.down)
+        self._sent: Tensors = {}  # the round's broadcast, where updates are differences from it
+        self._held: Tensors = {}  # the last broadcast that came here, where broadcasts are differences
         self._levelling = Levelling(self.ground, self.placement) if self.ground is not None else None
 
     # ---- what an algorithm calls ----------------------------------------------------------------------------------------------
@@ -64,6 +71,7 @@ class Federation:
         while True:
             rnd = self._announce() if self.conductor is not None else self._follow()
             self._owned.settle(rnd)
+            self.downlink.settle(rnd)
             self._now, self.outcome = rnd, Outcome()
             if rnd.end:
                 return
@@ -75,13 +83,26 @@ class Federation:
         if rnd is None:
             raise RuntimeError("no round has begun: call this inside `for rnd in fed.rounds()`")
         if tensors is not None:
-            return self._spread(rnd, tensors)
-        if self.post is None or not self._hosted_in(rnd):
+            sent = self._spread(rnd, tensors)
+        elif self.post is None or not self._hosted_in(rnd):
             return {}
-        message = self._next(self.post, f"waiting for the broadcast of round {rnd.index}")
-        self.post.expected(message, Kind.BROADCAST, rnd.index)
-        received = self.post.keep(message) if self.leads else None
+        else:
+            sent = self._received(rnd, self.post)
+        self._sent = sent if self.up.delta else {}
+        return sent
+
+    def _received(self, rnd: Round, post: Post) -> Tensors:
+        """The round's broadcast on a client's rank; a leader passes it on to its members."""
+        message = self._next(post, f"waiting for the broadcast of round {rnd.index}")
+        received = None
+        if message.header.kind is Kind.CODED:
+            post.expected(message, Kind.CODED, rnd.index)
+            received = post.decode(message, self.down, self._held)
+        else:
+            post.expected(message, Kind.BROADCAST, rnd.index)
+            received = post.keep(message) if self.leads else None
         message.release()
+        self._held = received if received is not None and self.down.delta else {}
         if self._inner is not None:
             return self._inner.share(received)
         assert received is not None
@@ -104,7 +125,7 @@ class Federation:
             tally = Tally(rnd, self.conductor, self.outcome, self.ledger, check)
             if self.post is None:
                 return tally.judged(outcomes)
-            arrivals = Arrivals(self.post, self.placement, tally)
+            arrivals = Arrivals(self.post, self.placement, tally, self.up, self._sent)
             return arrivals if check is None else iter(arrivals)
         assert self.post is not None
         for outcome in outcomes:  # now, not lazily: a client rank never reads what it gathered
@@ -275,10 +296,11 @@ class Federation:
     def _attempt(self, rnd: Round, client: C, work: Callable[[C], Update]) -> Update | Failure:
         """The client's boundary: what goes wrong inside is a Failure of this client, in this round, and of nobody else."""
         seed_everything(seed_for(rnd.seed, "turn", client.id))
-        ready = replace(client, owned=self._owned.of(client.id))  # type: ignore[type-var]
+        owned, lost = _parted(self._owned.of(client.id))
+        ready = replace(client, owned=owned)  # type: ignore[type-var]
         trace, meter = "", Meter(self.device)
         try:
-            done = work(ready)
+            done = self._coded(rnd, work(ready), lost)
             outcome: Update | Failure = replace(done, metrics={**done.metrics, **meter.figures()})
         except Aborted:
             raise
@@ -294,6 +316,15 @@ class Federation:
             return agreed
         return replace(agreed, owned=None, owned_sha256=self._owned.offer(client.id, agreed.owned))
 
+    def _coded(self, rnd: Round, update: Update, lost: Tensors) -> Update:
+        """The update as its chain has it: what it says is what counts everywhere. A residual joins what the client owns."""
+        if self.up.raw:
+            return update
+        coded = encode(self.up, update.tensors, seed_for(rnd.seed, "update", update.client), self._sent, lost)
+        kept = {f"{OWNED}{name}": tensor for name, tensor in {**lost, **coded.lost}.items()}
+        owned = {**(update.owned or {}), **kept} if kept else update.owned
+        return replace(update, tensors=coded.tensors, coded=coded, coded_bytes=len(coded.body), owned=owned)
+
     def _agreed(self, outcome: Update | Failure) -> Update | Failure:
         """A client of several ranks has an update when all of them have; else its failure is that of the first to fail."""
         if self._inner is None:
@@ -308,20 +339,34 @@ class Federation:
             post.send_json(SERVER, Kind.FAILURE, said, rnd.index, outcome.client)
             return
         note = {"metrics": outcome.metrics, "owned": outcome.owned_sha256}
-        post.send_tensors((SERVER,), Kind.UPDATE, outcome.tensors, rnd.index, outcome.client, note)
+        if outcome.coded is not None:
+            post.send_coded((SERVER,), outcome.coded, rnd.index, outcome.client, note)
+        else:
+            post.send_tensors((SERVER,), Kind.UPDATE, outcome.tensors, rnd.index, outcome.client, note)
 
     # ---- the server's side ----------------------------------------------------------------------------------------------------
 
     def _spread(self, rnd: Round, tensors: Tensors) -> Tensors:
         """One copy to each rank that hosts a client of the cohort; alone, one for each client."""
-        if self.post is None:
-            self._level({client: client for client in rnd.cohort}, rnd.index)
-            self.ledger.down.update(dict.fromkeys(rnd.cohort, num_bytes(tensors)))
-            return tensors
-        first = {self.placement.leader_of[client]: client for client in reversed(rnd.cohort)}
+        alone = self.post is None
+        first = {client if alone else self.placement.leader_of[client]: client for client in reversed(rnd.cohort)}
         self._level(first, rnd.index)
-        self.ledger.down.update(dict.fromkeys(first.values(), num_bytes(tensors)))
-        decoded = self.post.send_tensors(sorted(first), Kind.BROADCAST, tensors, rnd.index)
+        coded = None if self.down.raw else self.downlink.encode(tensors, rnd)
+        decoded = tensors if coded is None else coded.tensors
+        able = set() if coded is None else self.downlink.readers(first)
+        self.ledger.down.update({c: len(coded.body) if coded and h in able else num_bytes(decoded) for h, c in first.items()})
+        if self.post is None:
+            return decoded
+        if coded is not None:
+            self.post.send_coded(sorted(able), coded, rnd.index)
+        self.post.send_tensors(sorted(first.keys() - able), Kind.BROADCAST, decoded, rnd.index)
         for leader in first:  # members wait on their own link until it is time to turn to their leader
             self.post.send_bytes(self.placement.seat_of(leader)[1:], Kind.BROADCAST, b"", rnd.index)
         return decoded
+
+
+def _parted(owned: Tensors | None) -> tuple[Tensors | None, Tensors]:
+    """What a client's algorithm owns, and what its codec does."""
+    lost = {name.removeprefix(OWNED): tensor for name, tensor in (owned or {}).items() if name.startswith(OWNED)}
+    rest = {name: tensor for name, tensor in (owned or {}).items() if not name.startswith(OWNED)}
+    return rest or None, lost

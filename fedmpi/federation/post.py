@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from fedmpi import messages
+from fedmpi.codecs import Chain
 from fedmpi.errors import ProtocolError
+from fedmpi.federation.coding import Coded, decode, most_bytes
 from fedmpi.messages import Header, Kind, Manifest, Packed, Payload
 from fedmpi.tensors import Tensors
 from fedmpi.transports.base import Transport
@@ -82,6 +84,27 @@ class Post:
         self._send(peers, header, Packed(tensors, manifest), said)
         return tensors  # raw bytes are decoded to what they were
 
+    def send_coded(
+        self, peers: Collection[int], coded: Coded, round_index: int, client: int = -1, note: Mapping[str, Any] | None = None
+    ) -> None:
+        """A message under a codec chain, and one small object before it that also says what it follows."""
+        for peer in peers:
+            self._announce(peer, coded.manifest)
+        header = Header(Kind.CODED, round_index, client, len(coded.body), coded.manifest.hash)
+        said = {**(note or {}), "against": coded.against}
+        self._send(peers, header, memoryview(coded.body), json.dumps(said).encode())
+
+    def decode(self, message: Message, chain: Chain, before: Tensors) -> Tensors:
+        """The tensors of a message under this chain, in memory of their own."""
+        manifest = self._known(message)
+        if message.header.length > (most := most_bytes(chain, manifest)):
+            raise ProtocolError(
+                f"rank {message.peer} sent {message.header.length} coded bytes, these tensors take at most {most} in this chain"
+            )
+        body = memoryview(b"") if message.payload is None else message.payload.numpy().data
+        against = self.note(message).get("against")
+        return decode(chain, body, manifest, before, against if isinstance(against, int) else 0)
+
     def _manifest(self, tensors: Tensors) -> Manifest:
         """That of the tensors sent last, where these are alike: making one takes longer than sending a small adapter."""
         layout = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
@@ -107,14 +130,18 @@ class Post:
 
     def manifest(self, message: Message) -> Manifest:
         """What the message says that it is sent under."""
+        manifest, length = self._known(message), message.header.length
+        if manifest.num_bytes != length:
+            raise ProtocolError(f"rank {message.peer} sent {length} bytes, its manifest says {manifest.num_bytes}")
+        return manifest
+
+    def _known(self, message: Message) -> Manifest:
         header = message.header
         manifest = self._manifests.get(header.manifest)
         if manifest is None:
             raise ProtocolError(
                 f"rank {message.peer} sent {header.kind.name} under manifest {header.manifest:x}, which it never announced"
             )
-        if manifest.num_bytes != header.length:
-            raise ProtocolError(f"rank {message.peer} sent {header.length} bytes, its manifest says {manifest.num_bytes}")
         return manifest
 
     def json(self, message: Message) -> dict[str, Any]:

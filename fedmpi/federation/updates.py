@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fedmpi.tensors import Tensors
+from fedmpi.federation.coding import Coded
+from fedmpi.tensors import Tensors, num_bytes
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,13 @@ class Update:
     weight: int = 0  # set by the server
     owned: Tensors | None = None
     owned_sha256: str = ""
+    coded: Coded | None = None  # its message under a codec chain, on its way; `tensors` are what this says
+    coded_bytes: int | None = None  # what that message takes
+
+    @property
+    def num_bytes(self) -> int:
+        """What the update takes on a link."""
+        return num_bytes(self.tensors) if self.coded_bytes is None else self.coded_bytes
 
 
 @dataclass(frozen=True)
