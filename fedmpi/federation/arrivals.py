@@ -1,7 +1,8 @@
 """What the server receives in a round: updates and failures as they come; when every client has answered, the verdict.
 
 It is read once, in one of two ways. Who iterates gets whole updates, each of which stays as it is until the next is asked for.
-`pieces` gives elements as they arrive, those of several clients in turn, so that a server holds a few chunks beside its sums. A
+`pieces` gives elements as they arrive, those of several clients in turn, so that a server holds a few chunks beside its sums; what
+comes before the first of the two is asked for comes as the round before had it. A
 link that breaks inside an update raises out of both: what was added of that update cannot be taken back, so there is no mean, and
 either the round is repeated from the state before it or the run ends. An update counts when its last piece was taken.
 
@@ -92,10 +93,12 @@ class Arrivals:
     _begun: dict[int, Update] = field(default_factory=dict)  # by client, without tensors
 
     def __iter__(self) -> Iterator[Update]:
+        self.post.transport.in_chunks = frozenset()
         return self.tally.judged(self._whole())
 
     def pieces(self) -> Iterator[Piece]:
         """All pieces of all updates; at the end, the verdict."""
+        self.post.transport.in_chunks = frozenset({Kind.UPDATE})
         for message in self._answers({}):
             if isinstance(message, Failure):
                 self.tally.fail(message)
@@ -135,7 +138,7 @@ class Arrivals:
         return self._begun[client]
 
     def _whole(self) -> Iterator[Update | Failure]:
-        """Whole updates; those that come in parts are put together in a few buffers."""
+        """Whole updates. Those whose first chunks came before it was known that they are wanted whole are put together here."""
         filling: dict[int, torch.Tensor] = {}  # by rank
         for message in self._answers(filling):
             if isinstance(message, Failure):

@@ -28,7 +28,6 @@ class Post:
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
-        transport.in_chunks = frozenset({Kind.UPDATE})
         self._manifests: dict[int, Manifest] = {}
         self._told: set[tuple[int, int]] = set()  # (peer, hash) that this rank has announced
         self._last: tuple[tuple[object, ...], Manifest] | None = None
