@@ -26,7 +26,7 @@ def prealign(
     if not config.prealign_steps:
         return emulator, Aligned({})
     whole = config.builder == "distilled"
-    student = _own(emulator) if whole else _with_lora(emulator, peft, seed)
+    student = _own(emulator) if whole else with_lora(emulator, peft, seed)
     done = align(goal, student, emulator.layout, config, train, steps=config.prealign_steps, seed=seed)
     model = student.requires_grad_(False).eval() if whole else fold(student)
     return replace(emulator, model=model), done
@@ -46,7 +46,7 @@ def fold(student: Any) -> Any:
     return student.unload().requires_grad_(False).eval()
 
 
-def _with_lora(emulator: Emulator, peft: models.PeftConfig, seed: int) -> Any:
+def with_lora(emulator: Emulator, peft: models.PeftConfig, seed: int) -> Any:
     """LoRA where the federation would put it, but on the emulator's layers alone."""
     wanted = tuple(peft.target_modules)
     leaves = None if wanted == ("all-linear",) else models.find_targets(emulator.model, wanted)

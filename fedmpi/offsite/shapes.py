@@ -1,6 +1,7 @@
 """What offsite tuning makes of a model, from shapes alone: who holds which layers, and what is sent. For `fedmpi.plan`."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,15 @@ from fedmpi.models import Outline, PeftConfig, add_adapter, find_targets, stored
 from fedmpi.models.backbone import decoder_layers
 from fedmpi.offsite import Config
 from fedmpi.offsite.builders import build
+from fedmpi.offsite.preparation import fold, with_lora
 
 
 def outline(config: Config, shapes: Any, peft: PeftConfig, emulator_travels: bool) -> Outline:
     """Clients hold the compressed model and train its adapter layers; the emulator's LoRA travels down beside them, if at all."""
     emulator = build(shapes, config)
+    if config.prealign_steps and config.builder != "distilled":
+        with torch.device("meta"):
+            emulator = replace(emulator, model=fold(with_lora(emulator, peft, 0)))  # what is folded into factors makes them grow
     layout, held = emulator.layout, stored(emulator.model)
     own = [place for place in range(len(layout.order)) if layout.order[place] in layout.adapter]
     server = _tuned(shapes, peft, layout.adapter)

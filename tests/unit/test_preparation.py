@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from decoders import decoder, tokens
 from small_models import PAD, examples
 
@@ -9,6 +10,7 @@ from fedmpi import models, offsite, training
 from fedmpi.data import collate
 from fedmpi.errors import ConfigError
 from fedmpi.offsite.alignment import distance, goal
+from fedmpi.offsite.shapes import outline
 from fedmpi.offsite.preparation import fold
 from fedmpi.tensors import digest
 
@@ -80,3 +82,18 @@ def test_distilling_needs_steps_and_fp32():
     target = goal(model, emulator.layout, examples(4), config, seed=0, pad_id=PAD)
     with pytest.raises(ConfigError, match="trains whole layers, model.dtype is torch.bfloat16: give float32"):
         offsite.prealign(emulator, target, config, training.Config(), LORA, seed=0)
+
+
+@pytest.mark.parametrize("builder", ["uniform", "influence", "shared", "thin", "quantized", "distilled"])
+def test_shapes_alone_tell_what_a_client_will_hold(builder):
+    _, emulator, *_ = prepared("llama", builder)
+    with torch.device("meta"):
+        shapes = transformers.AutoModelForCausalLM.from_config(decoder("llama").config)
+    config = offsite.Config(builder=builder, drop_rate=0.5, adapter_first=0, adapter_last=2, bits=4)
+    planned = outline(config, shapes, LORA, emulator_travels=True).once
+    stored = emulator.model.state_dict()
+    real = {*dict(emulator.model.named_parameters()), *(name for name, _ in emulator.model.named_buffers() if name in stored)}
+    assert builder == "shared" or planned.keys() == real  # which neighbours share, only text can tell
+    assert sum(t.numel() * t.element_size() for t in planned.values()) == sum(
+        stored[name].numel() * stored[name].element_size() for name in real
+    )
