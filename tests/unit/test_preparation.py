@@ -10,8 +10,8 @@ from fedmpi import models, offsite, training
 from fedmpi.data import collate
 from fedmpi.errors import ConfigError
 from fedmpi.offsite.alignment import distance, goal
-from fedmpi.offsite.shapes import outline
 from fedmpi.offsite.preparation import fold
+from fedmpi.offsite.shapes import outline
 from fedmpi.tensors import digest
 
 TEXT = [collate(examples(6, seed=index), PAD) for index in range(3)]
