@@ -1,6 +1,6 @@
 """Score a run, or a model folder, on a task.
 
-    python -m fedmpi.evaluate RUN_DIR --task perplexity
+    python -m fedmpi.evaluate RUN_DIR                       (the task of its data set, or perplexity)
     python -m fedmpi.evaluate RUN_DIR --task gsm8k --data test.jsonl --shots cot_8shot.txt
     python -m fedmpi.evaluate MODEL --task helm-mini --data HELM_FOLDER --out results
     torchrun --nproc_per_node 4 -m fedmpi.evaluate RUN_DIR --task gsm8k       (the same numbers, sooner)
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fedmpi.evaluate", description=__doc__, formatter_class=about)
     add = parser.add_argument
     add("target", help="the folder of a run, a model folder, a hub id, or builtin:tiny")
-    add("--task", required=True, help=TASKS)
+    add("--task", default="auto", help=f"{TASKS}; auto: what the run's data set is scored with (gsm8k, helm, ...), else perplexity")
     add("--data", help="the task's file or folder")
     add("--rows", type=int, help="so many rows at most, drawn with the seed")
     add("--shots", help="gsm8k: a file of worked examples, Q: and A:")
@@ -110,6 +110,13 @@ def open_target(path: str, out: Path | None) -> Target:
     return Target(wanted.model, adapter, wanted.data, wanted.clients, wanted.seed, out or folder / "evaluations")
 
 
+def default_task(name: str) -> str:
+    """What a data set is scored with, where a user names no task."""
+    fixed = data.FEDERATED.get(name)
+    known = {"gsm8k": "gsm8k", "builtin:toy": "exact_match"}
+    return fixed.task if fixed else known.get(name, "perplexity")
+
+
 def run(given: argparse.Namespace) -> int:
     """Open, ask, write."""
     import torch
@@ -122,6 +129,7 @@ def run(given: argparse.Namespace) -> int:
     torch.set_num_threads(given.threads)
     world = from_environment(os.environ, given.transport)
     target = open_target(given.target, given.out)
+    given.task = default_task(target.data.name) if given.task == "auto" else given.task
     device = pick_device(given.device, world.local_rank)
     if given.task.startswith("lm_eval:"):
         if world.size > 1:

@@ -35,7 +35,7 @@ def exact_match(
 
     An answer is not followed far beyond the length of its row's response, where it could no longer become right.
     """
-    prompts = [render(row.instruction, row.input, template) for row in rows]
+    prompts = [render(row.instruction, row.input, template, tokenizer) for row in rows]
     limits = [len(row.output.encode()) + SLACK for row in rows]
     speaker = ModelSpeaker(model, tokenizer, batch_size)
     outputs = speaker.say(prompts, Decoding(max_new_tokens), [row.id for row in rows], limits)

@@ -131,6 +131,19 @@ def test_a_run_that_has_not_finished_is_told(run_dir, tmp_path, capsys):
     assert "holds 1 clients trained alone: give one of them, such as" in capsys.readouterr().err
 
 
+def test_a_data_set_brings_its_task():
+    found = {name: evaluate.default_task(name) for name in (*data.FEDERATED, "gsm8k", "builtin:toy", "json")}
+    assert found == {
+        **{"fed-code-alpaca": "humaneval", "fed-dolly": "helm", "fed-gsm8k-3": "gsm8k", "fed-code-search-net": "humaneval"},
+        **{"gsm8k": "gsm8k", "builtin:toy": "exact_match", "json": "perplexity"},
+    }
+
+
+def test_the_task_of_the_runs_data_is_asked_where_none_is_named(run_dir, tmp_path):
+    assert evaluate.main([str(run_dir), "--rows", "4", "--max_new_tokens", "2", "--out", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["exact_match.json"]
+
+
 class Counting(Oracle):
     """Answers, and remembers which questions it got."""
 

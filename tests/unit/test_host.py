@@ -1,5 +1,7 @@
 """What a process does with its rows: a length that the model cannot read is refused, options of the data reach the batches."""
 
+from dataclasses import replace
+
 import pytest
 
 from fedmpi import data, evaluation, models, training
@@ -45,3 +47,5 @@ def test_a_chat_template_is_named_by_its_text(base, monkeypatch):
     chatty = host(base, template="chat")
     assert chatty.parties.record["template_hash"] == data.template_hash("chat", base.tokenizer) is not None
     assert chatty.examples(0)
+    short = replace(chatty, eval=evaluation.Config(rows=2, max_new_tokens=2))
+    assert short.answer(None)["exact_match"] == 0.0  # two tokens are no answer, but the prompts could be written
