@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", help="the task's file or folder")
     add("--rows", type=int, help="so many rows at most, drawn with the seed")
     add("--shots", help="gsm8k: a file of worked examples, Q: and A:")
+    add(
+        "--which",
+        choices=("full", "emu"),
+        help="a run of offsite tuning: the adapter on the original model (default), or on the emulator",
+    )
     add("--form", choices=("bare", "training"), help="gsm8k: Q and A, or the template of training; default bare with shots")
     add("--samples", type=int, help="humaneval: answers to each problem (5)")
     add("--k", type=int, nargs="+", default=[1], help="humaneval: pass@k for each of these")
@@ -94,14 +99,26 @@ class Target:
         return {"model": models.public_name(self.model), "dtype": self.model.dtype, "adapter_sha256": adapter}
 
 
-def open_target(path: str, out: Path | None) -> Target:
+def open_target(path: str, out: Path | None, which: str | None = None) -> Target:
     """A run folder is known by its config.yaml; everything else is a model."""
     folder = Path(path)
     if not (folder / "config.yaml").is_file():
+        if which is not None:
+            raise ConfigError(
+                f"--which {which}: {path} is no run folder; it chooses between the two models of a run of offsite tuning"
+            )
         model = models.Config(path)
         name = models.public_name(model).replace("/", "_").replace(":", "_")
         return Target(model, None, data.Config(), None, 0, out or Path("evaluations") / name)
     wanted, _ = recipe.read(["--config", str(folder / "config.yaml")], "config.yaml", "")
+    if which is not None and not (folder / "emulator").is_dir():
+        raise ConfigError(f"--which {which}: {folder} is no run of offsite tuning (it has no emulator/)")
+    if which == "emu":
+        base = replace(wanted.model, path=str(folder / "emulator"))
+        emu = folder / "adapter_emu"
+        if not (emu / "adapter_model.safetensors").is_file():
+            raise ConfigError(f"{folder} has no adapter_emu/ yet: the run has not finished (see state.json); go on with it first")
+        return Target(base, emu, wanted.data, wanted.clients, wanted.seed, out or folder / "evaluations" / "emu")
     adapter = folder / "adapter"
     if not (adapter / "adapter_model.safetensors").is_file():
         if parts := sorted(path.parent for path in folder.glob("clients/*/adapter")):
@@ -128,7 +145,7 @@ def run(given: argparse.Namespace) -> int:
         raise ConfigError(f"--batch_size {given.batch_size} and --threads {given.threads} must be at least 1")
     torch.set_num_threads(given.threads)
     world = from_environment(os.environ, given.transport)
-    target = open_target(given.target, given.out)
+    target = open_target(given.target, given.out, given.which)
     given.task = default_task(target.data.name) if given.task == "auto" else given.task
     device = pick_device(given.device, world.local_rank)
     if given.task.startswith("lm_eval:"):

@@ -9,6 +9,7 @@ base is the model without an adapter, fed the federation's, global that of all d
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", required=True, help="an instruction; may be given several times")
     add("--input", default="", help="the instructions' input")
     add("--compare", default="base,fed", help="who speaks: of base, fed, global, local, local:CLIENT")
+    add(
+        "--which",
+        choices=("full", "emu"),
+        default="full",
+        help="after offsite tuning: speak with the original model, or the emulator",
+    )
     add("--max_new_tokens", type=int, default=128)
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top_k", type=int, default=0, help="0 is all")
@@ -65,9 +72,13 @@ def answers(given: argparse.Namespace) -> list[tuple[str, list[tuple[str, str]]]
     torch.set_num_threads(given.threads)
     decoding = Decoding(given.max_new_tokens, given.temperature, given.top_k, given.top_p, given.seed)
     wanted = run_recipe(given.run_dir)
-    voices = list(find_voices(given.run_dir, wanted.scenario, given.compare))
-    tokenizer: Any = models.load_tokenizer(wanted.model)
-    base: Any = models.load_model(wanted.model, pick_device(given.device, 0))
+    emulated = given.which == "emu"
+    if emulated and not (given.run_dir / "emulator").is_dir():
+        raise ConfigError(f"--which emu: {given.run_dir} is no run of offsite tuning (it has no emulator/)")
+    backbone = replace(wanted.model, path=str(given.run_dir / "emulator")) if emulated else wanted.model
+    voices = list(find_voices(given.run_dir, wanted.scenario, given.compare, "adapter_emu" if emulated else "adapter"))
+    tokenizer: Any = models.load_tokenizer(backbone)
+    base: Any = models.load_model(backbone, pick_device(given.device, 0))
     prompts = [data.render(prompt, given.input, wanted.data.template, tokenizer) for prompt in given.prompt]
     said = []
     for _, folder in voices:
@@ -87,19 +98,19 @@ def run_recipe(run_dir: Path) -> Recipe:
     return recipe.read(["--config", str(path)], "config.yaml", "")[0]
 
 
-def find_voices(run_dir: Path, scenario: str, compare: str) -> Iterator[tuple[str, Path | None]]:
-    """Title and adapter folder of each that is to speak; none for the base."""
+def find_voices(run_dir: Path, scenario: str, compare: str, adapter: str = "adapter") -> Iterator[tuple[str, Path | None]]:
+    """Title and adapter folder, of that name, of each that is to speak; none for the base."""
     inside = {name: run_dir / name if scenario == "all" and name != "fed" else run_dir for name in ("local", "global", "fed")}
     for name in filter(None, (part.strip() for part in compare.split(","))):
         kind, _, client = name.partition(":")
         if kind == "base":
             yield name, None
         elif kind in ("fed", "global"):
-            yield name, _there(inside[kind] / "adapter", name, scenario in (kind, "all"), scenario)
+            yield name, _there(inside[kind] / adapter, name, scenario in (kind, "all"), scenario)
         elif kind == "local":
             clients = inside["local"] / "clients"
-            known = sorted((path for path in clients.glob("*/adapter")), key=lambda path: int(path.parent.name))
-            chosen = [clients / client / "adapter"] if client else known or [clients / "0" / "adapter"]
+            known = sorted((path for path in clients.glob(f"*/{adapter}")), key=lambda path: int(path.parent.name))
+            chosen = [clients / client / adapter] if client else known or [clients / "0" / adapter]
             for folder in chosen:
                 yield f"client {folder.parent.name} alone", _there(folder, name, scenario in ("local", "all"), scenario)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedmpi import emulation, models
+from fedmpi import emulation, evaluate, generate, models
 from fedmpi.algorithms import fedbiot
 from fedmpi.data import toy
 from fedmpi.errors import Aborted
@@ -217,6 +217,21 @@ def test_both_models_open_with_peft_and_give_the_losses_of_the_run(
         bare = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         model = PeftModel.from_pretrained(bare, tmp_path / f"adapter{ending}")
         assert heldout_loss(model, examples, given.eval.batch_size, 0).loss == final[f"eval_loss{ending}"]
+
+
+def test_evaluate_and_generate_know_both_models(wanted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, both = tmp_path / "run", ("full", "emu")
+    assert run(wanted("fedbiot"), run_dir) == [0]
+    for which in both:
+        assert evaluate.main([str(run_dir), "--task", "perplexity", "--which", which]) == 0
+        assert generate.main([str(run_dir), "--prompt", "Say cat", "--which", which, "--max_new_tokens", "2"]) == 0
+    final = json.loads((run_dir / "summary.json").read_text())["final"]
+    parts = (run_dir / "evaluations" / "perplexity.json", run_dir / "evaluations" / "emu" / "perplexity.json")
+    scores = [json.loads(path.read_text())["score"] for path in parts]
+    assert scores == pytest.approx([final["eval_loss"], final["eval_loss_emu"]], rel=1e-5)
+    assert scores[0] != scores[1]
+    assert evaluate.main(["builtin:tiny", "--task", "perplexity", "--which", "emu"]) == 2
+    assert "is no run folder" in capsys.readouterr().err
 
 
 def test_local_and_global_offsite_tuning_are_the_same_wherever_they_run(

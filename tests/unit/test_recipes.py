@@ -76,3 +76,39 @@ def test_a_recipe_of_the_wrong_form_is_one_clear_line(tmp_path: Path, text: str)
 def test_groups_are_written_as_people_write_them() -> None:
     for text in ("4,2,1", "[4,2,1]"):
         assert recipe.read([f"--groups={text}", "--train.engine=ddp"], "test", "")[0].groups == (4, 2, 1)
+
+
+ROWS = {  # of FedBiOT's Tables 2 to 4 and its Figure 2, at each drop rate: recipe, further arguments, scenario, adapter
+    "Offsite-tuning": ("fedot", ["--scenario=global"], "global", (2, 2)),
+    "FedOT": ("fedot", [], "fed", (2, 2)),
+    "FedBiOT (Adapter 2)": ("fedbiot", [], "fed", (0, 2)),
+    "FedBiOT (Adapter 4)": ("fedbiot", ["--offsite.adapter_last=4"], "fed", (0, 4)),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("drop", ["0.2", "0.5"])
+@pytest.mark.parametrize("task", ["gsm8k", "rosetta", "dolly"])
+def test_every_row_of_fedbiots_tables_has_its_command(task: str, drop: str, row: str) -> None:
+    algorithm, more, scenario, adapter = ROWS[row]
+    path = ROOT / "launch" / "recipes" / f"{algorithm}-{task}.yaml"
+    wanted, _ = recipe.read(["--config", str(path), f"--offsite.drop_rate={drop}", *more], "test", "")
+    config = recipe.algorithm(algorithm).SCHEME.resolve(wanted.offsite)
+    assert (wanted.algorithm, wanted.scenario, config.adapter_first, config.adapter_last) == (algorithm, scenario, *adapter)
+    assert (wanted.rounds, wanted.train.steps, wanted.train.batch_size, config.prealign_steps) == (500, 30, 10, 500)
+    assert (wanted.train.optimizer, wanted.train.betas, wanted.peft.rank, wanted.peft.alpha) == ("adamw", (0.9, 0.95), 8, 16)
+    assert (config.drop_rate, config.align_steps, config.align_batch_size, config.public_name) == (float(drop), 10, 10, "alpaca")
+    words = path.read_text()
+    assert all(argument.replace("=", " ") in words for argument in more)
+
+
+def test_offsite_settings_ask_for_an_algorithm_that_reads_them() -> None:
+    for arguments, words in (
+        (["--offsite.drop_rate=0.5"], "offsite settings are given, but algorithm fedavg has none"),
+        (["--algorithm=fedbiot", "--scenario=local"], "scenario local: fedbiot aligns the emulator on the server"),
+        (["--algorithm=fedbiot", "--peft.method=none"], "peft.method none: algorithm fedbiot trains layers, with lora"),
+        (["--algorithm=fedot", "--peft.method=prefix"], "with lora or none"),
+        (["--algorithm=fedot", "--aggregation.rule=ffa"], "algorithm fedot takes the mean of adapters of one rank"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            recipe.read(arguments, "test", "")
