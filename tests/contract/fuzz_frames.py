@@ -182,9 +182,8 @@ def main() -> None:
     asked = parser.parse_args()
     began = time.monotonic()
     frames, refused = fuzz(asked.frames, asked.seed)
-    print(
-        f"{frames} pieces of damaged streams read, {refused} streams refused, {time.monotonic() - began:.0f} s, nothing else happened"
-    )
+    took_s = time.monotonic() - began
+    print(f"{frames} pieces of damaged streams read, {refused} streams refused, {took_s:.0f} s, nothing else happened")
 
 
 if __name__ == "__main__":
