@@ -1,5 +1,6 @@
 """The code tasks: pass@k by hand, answers cleaned as each language wants it, canonical programs pass, wrong ones do not."""
 
+import json
 from itertools import combinations
 
 import pytest
@@ -130,6 +131,16 @@ def test_all_canonical_programs_pass(name, tmp_path):
 def test_programs_that_say_nothing_score_nothing(tmp_path):
     found = evaluate.Result(tmp_path, "code", {}, programs(samples=2)).make(Oracle({}, right=False), 10)
     assert found["score"] == 0.0 and len(found["records"]) == 2
+
+
+@pytest.mark.parametrize(("speaks", "tool"), [("cpp", r"g\+\+"), ("java", "javac"), ("go", "go")])
+def test_a_missing_compiler_is_named_with_its_package(tmp_path, monkeypatch, speaks, tool):
+    problem = {**PROBLEM, "prompt": "", "test": "", "declaration": ""}
+    (tmp_path / f"humaneval_{speaks}.jsonl").write_text(json.dumps(problem) + "\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    options = Options(f"humaneval-x:{speaks}", data=str(tmp_path), allow_code_execution=True)
+    with pytest.raises(ConfigError, match=f"--task humaneval-x:{speaks} lacks .*{tool}.*: on Debian, apt install"):
+        code.build(options, speaks, False)
 
 
 def test_what_cannot_be_done_is_told_before_a_model_is_loaded(tmp_path):
