@@ -27,6 +27,15 @@ class Batch:
     num_examples: int
     position_ids: torch.Tensor | None = None  # of packed rows: they begin anew at each sample
 
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        rows: list[int] = self.attention_mask.sum(1).tolist()
+        if self.position_ids is None:
+            return rows
+        places = (row[:num].tolist() for row, num in zip(self.position_ids, rows, strict=True))
+        ends = (here + 1 for row in places for here, following in zip(row, [*row[1:], 0], strict=True) if not following)
+        return list(ends)
+
 
 class ByLength(list[Example]):
     """Examples that batches draw in groups of like length."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedmpi.models.backbone import decoder_layers
 from fedmpi.models.virtual import rows_in_front, virtual_positions
+
+_known: "WeakKeyDictionary[torch.nn.Module, dict[frozenset[str], Work]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -61,27 +64,39 @@ class Watch:
 
     calls: list[Call] = field(default_factory=list)
     attention: list[int] = field(default_factory=list)  # passes of each attention: one, or three where it is gone back through
+    done: bool = False
 
     def note(self, module: Any, given: tuple[Any, ...], _: object) -> None:
-        """A matrix, or the matrices of an LSTM."""
-        matrices = [p for p in module.parameters(recurse=False) if p.ndim == 2]
-        num_in = getattr(module, "in_features", None) or getattr(module, "input_size", None) or module.nx
-        # a quantised weight is packed: its layer says how large it is
-        num = num_in * module.out_features if hasattr(module, "out_features") else sum(p.numel() for p in matrices)
-        passes = 1 + bool(given[0].requires_grad) + any(p.requires_grad for p in matrices)
+        """A matrix, or the matrices of an LSTM. Sizes are as the layer says: a weight may be packed, or lie on other ranks."""
+        if self.done:
+            return
+        weights = [p for name, p in module.named_parameters(recurse=False) if name.startswith("weight")]
+        match module:
+            case torch.nn.Linear():
+                num_in, num = module.in_features, module.in_features * module.out_features
+            case Conv1D():
+                num_in, num = module.nx, module.nx * module.nf
+            case _:
+                num_in, num = module.input_size, sum(p.numel() for p in weights)
+        passes = 1 + bool(given[0].requires_grad) + any(p.requires_grad for p in weights)
         self.calls.append(Call(module, num, given[0].numel() // num_in, passes))
 
     def attended(self, module: object, given: object, output: Any) -> None:
         """An attention, whose scores go with the square of the length."""
         first = output[0] if isinstance(output, tuple) else output
-        self.attention.append(3 if first.requires_grad else 1)
+        if not self.done:
+            self.attention.append(3 if first.requires_grad else 1)
+
+    def finish(self, *_: object) -> None:
+        """The model's first pass is over: what comes after may be a layer that is computed again."""
+        self.done = True
 
     def work(self, model: Any) -> Work:
         """The pass in figures that hold for every length. What was called with as many rows as the layers belongs to the text."""
         head = model.get_output_embeddings()
         heads = {id(module) for module in head.modules()} if head is not None else set()
         inside = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
-        rows = max(call.num_rows for call in self.calls if id(call.module) in inside)
+        rows = max((call.num_rows for call in self.calls if id(call.module) in inside), default=0)
         text = [call.num_rows == rows or id(call.module) in heads for call in self.calls]
         front = rows_in_front(model)
         return Work(
@@ -95,8 +110,9 @@ class Watch:
 
 @contextmanager
 def watch(model: Any) -> Iterator[Watch]:
-    """Watch the forward passes of a model for a while."""
-    seen, handles = Watch(), []
+    """Watch the next forward pass of a model."""
+    seen = Watch()
+    handles = [model.register_forward_hook(seen.finish)]
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.LSTM | Conv1D):
             handles.append(module.register_forward_hook(seen.note))
@@ -107,6 +123,23 @@ def watch(model: Any) -> Iterator[Watch]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def learning(model: torch.nn.Module, trained: frozenset[str]) -> Iterator[None]:
+    """Learn from a forward pass inside what training these parameters takes, unless it is known: then this costs nothing."""
+    known = _known.setdefault(model, {})
+    if trained in known:
+        yield
+        return
+    with watch(model) as seen:
+        yield
+    known[trained] = seen.work(model)
+
+
+def learned(model: torch.nn.Module, trained: frozenset[str]) -> Work:
+    """What `learning` found."""
+    return _known[model][trained]
 
 
 @dataclass(frozen=True)
@@ -164,6 +197,13 @@ def layers_of(model: Any) -> Layers:
         weights=sum(p.numel() for name, p in decoder_layers(model)[0].named_parameters() if p.ndim == 2 and ".lora_" not in name),
         adapter=sum(p.numel() for p in matrices[moving[0]] if p.requires_grad) if moving else 0,
     )
+
+
+def forward_per_token(model: Any) -> int:
+    """Operations of a pass per token, from the weights alone: the head counts, looking up embeddings and attention do not."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding
+    return 2 * (sum(p.numel() for p in model.parameters()) - (0 if tied else embedding.numel()))
 
 
 def paper_count(layers: Layers) -> int:

@@ -15,10 +15,10 @@ from torch.nn.functional import log_softmax
 
 from fedmpi import training
 from fedmpi.data import Batch, Example, collate
+from fedmpi.models import costs
 from fedmpi.offsite import Config
 from fedmpi.offsite.layers import Layout
 from fedmpi.offsite.teacher import PooledTeacher, Teacher, Views, keep, look, pool
-from fedmpi.training.loop import flops_per_token
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def align(
         "align_kd": float(gap.divergence) / fit.supervised,
         "align_tokens": float(fit.tokens),
         "align_seconds": fit.seconds,
-        "align_flops": float(fit.flops + _forward_flops(goal.teacher.model) * fit.tokens),
+        "align_flops": float(fit.flops + costs.forward_per_token(goal.teacher.model) * fit.tokens),
     }
     return Aligned(figures, _renamed(fit.state, layout.original) if fit.state else None)
 
@@ -138,9 +138,3 @@ def kl(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
 
 def _renamed(state: training.OptimState, rename: Callable[[str], str]) -> training.OptimState:
     return replace(state, tensors={rename(name): tensor for name, tensor in state.tensors.items()})
-
-
-def _forward_flops(model: torch.nn.Module) -> int:
-    """Operations of a pass per token: half of what forward and backward of a frozen model take."""
-    frozen = [torch.nn.Parameter(parameter.detach(), requires_grad=False) for parameter in model.parameters()]
-    return flops_per_token(model, frozen) // 2

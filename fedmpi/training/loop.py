@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 from fedmpi.data.batching import Batch, batches
 from fedmpi.data.prompts import Example
 from fedmpi.errors import NonFinite, TrainingError
+from fedmpi.models import costs
 from fedmpi.models.logits import supervised_logits
-from fedmpi.models.quantized import num_weights
 from fedmpi.seeding import seed_everything, seed_for
 from fedmpi.training import Config, engines, optim
 from fedmpi.training.engines import Engine
@@ -37,9 +37,8 @@ def token_loss(model: torch.nn.Module, batch: Batch, device: torch.device) -> to
 class Fit:
     """What a client's training came to; losses are means over supervised tokens, counts are of all the client's ranks.
 
-    `flops` is closed-form: two operations per weight and token forward, two backward, two more for weights that are
-    trained; attention scores and embedding look-ups are left out. `skipped` says which
-    steps were left out and why. `state` is there with optimizer_state `keep`.
+    `flops` is what the mathematics of forward and backward takes, attention and head included (see `models.costs`). `skipped`
+    says which steps were left out and why. `state` is there with optimizer_state `keep`.
     """
 
     loss: float
@@ -74,7 +73,7 @@ class _Turn:
     device: torch.device
     num_micro: int
     num_steps: int
-    flops_per_token: int
+    moving: frozenset[str]  # names of the parameters
 
 
 @dataclass
@@ -85,6 +84,7 @@ class _Tally:
     supervised: list[int] = field(default_factory=list)
     examples: int = 0
     tokens: int = 0
+    flops: int = 0
     pending: list[tuple[Step, int, torch.Tensor]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
@@ -132,7 +132,7 @@ def _summary(turn: _Turn, tally: _Tally, steps_before: int, seconds: float) -> F
         tokens=tally.tokens,
         supervised=supervised,
         seconds=seconds,
-        flops=turn.flops_per_token * tally.tokens,
+        flops=tally.flops,
         skipped=tuple(tally.skipped),
         state=optim.save(turn.optimizer, turn.parameters, taken + steps_before) if turn.config.optimizer_state == "keep" else None,
     )
@@ -145,19 +145,6 @@ def num_micro_batches(config: Config, num_examples: int, num_ranks: int = 1) -> 
     return config.epochs * math.ceil(num_examples / (config.batch_size * num_ranks))
 
 
-def flops_per_token(model: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]) -> int:
-    """Operations that training takes per token, from the shapes of all the model's parameters (see Fit)."""
-    num_all = num_trained = 0
-    for parameter in parameters:
-        num_all += num_weights(parameter)
-        num_trained += parameter.numel() if parameter.requires_grad else 0
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is None or head.weight is not embedding:
-        num_all -= embedding.numel()
-    return 4 * num_all + 2 * num_trained
-
-
 def _begin(
     model: torch.nn.Module,
     examples: Sequence[Example],
@@ -166,8 +153,7 @@ def _begin(
     state: optim.OptimState | None,
     loss: Loss,
 ) -> _Turn:
-    everything = dict(model.named_parameters())
-    parameters = {name: p for name, p in everything.items() if p.requires_grad}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not examples:
         raise TrainingError("no examples to train on: give the client rows, or leave it out of the federation")
     if not parameters:
@@ -194,7 +180,7 @@ def _begin(
         device=device,
         num_micro=num_micro,
         num_steps=math.ceil(num_micro / config.accumulation),
-        flops_per_token=flops_per_token(model, everything.values()),
+        moving=frozenset(parameters),
     )
 
 
@@ -230,13 +216,15 @@ def _gradients(turn: _Turn, step: Step, tally: _Tally) -> Step:
     loss = torch.zeros((), device=turn.device)
     for number, batch in enumerate(step.batches, start=1):
         with nullcontext() if number == len(step.batches) else turn.engine.quiet():
-            part = _loss(turn, batch)
+            with costs.learning(step.model, turn.moving):
+                part = _loss(turn, batch)
             # Engines divide the sum of gradients by the number of ranks; the division that counts is by supervised tokens.
             turn.engine.backward(part * (turn.engine.size / supervised))
         loss += part.detach()
     turn.engine.ready()
     tally.examples += sum(batch.num_examples for batch in step.batches)
     tally.tokens += sum(batch.num_tokens for batch in step.batches)
+    tally.flops += sum(costs.learned(step.model, turn.moving).of(batch.lengths()) for batch in step.batches)
     step = replace(step, loss=loss / supervised)
     for hook in turn.hooks:
         hook.after_backward(step)

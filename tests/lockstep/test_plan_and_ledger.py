@@ -1,0 +1,38 @@
+"""What the plan says is what a run's ledger then holds: bytes exactly, and operations exactly."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedmpi import recipe as recipes
+from fedmpi.data import federate, tokenize
+from fedmpi.models import costs, load_shapes, load_tokenizer, same_for_all
+from fedmpi.plan import figures
+from tests.lockstep.ranks import recipe, run
+
+METHODS = {
+    "lora": ["--peft.rank=4"],
+    "prompt": ["--peft.method=prompt", "--peft.num_virtual_tokens=4"],
+    "scaffold": ["--algorithm=scaffold", "--train.optimizer=sgd", "--train.lr=0.1"],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_plan_of_a_run_is_its_ledger(name: str, model_folder: Path, tmp_path: Path) -> None:
+    """One epoch, so that every row is seen once and all lengths are known."""
+    asked = [f"--model.path={model_folder}", "--rounds=2", "--clients=3", "--data.num_rows=30", "--data.max_length=128"]
+    wanted = recipe(*asked, "--train.epochs=1", "--train.batch_size=4", "--eval.task=none", *METHODS[name])
+    assert run(wanted, tmp_path / "run", 3) == [0] * 3
+    plan = figures.build(wanted, recipes.algorithm(wanted.algorithm).Config(), ranks=3)
+
+    parties = federate(wanted.data, wanted.clients, wanted.seed)
+    rows = [row for client in parties.clients for row in client.train]
+    lengths = [len(example.input_ids) for example in tokenize(rows, load_tokenizer(wanted.model), wanted.data)[0]]
+    shapes = same_for_all(load_shapes(wanted.model), wanted.peft).client
+    flops = costs.step_of(shapes, 1, 8).work.of(lengths)
+    for line in (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()):
+        if "event" not in line:
+            assert line["up_bytes"] == 3 * plan.up_bytes
+            assert line["down_bytes"] == 2 * plan.down_bytes  # a copy for each rank that hosts clients
+            assert (line["tokens"], line["flops"]) == (sum(lengths), flops)
