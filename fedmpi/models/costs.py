@@ -203,7 +203,8 @@ def forward_per_token(model: Any) -> int:
     """Operations of a pass per token, from the weights alone: the head counts, looking up embeddings and attention do not."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
-    return 2 * (sum(p.numel() for p in model.parameters()) - (0 if tied else embedding.numel()))
+    num: int = sum(p.numel() for p in model.parameters()) - (0 if tied else embedding.numel())
+    return 2 * num
 
 
 def paper_count(layers: Layers) -> int:
