@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
 from fedmpi.models.backbone import decoder_layers
+from fedmpi.models.quantized import num_weights
 from fedmpi.models.virtual import rows_in_front, virtual_positions
 
 _known: "WeakKeyDictionary[torch.nn.Module, dict[frozenset[str], Work]]" = WeakKeyDictionary()
@@ -203,8 +204,8 @@ def forward_per_token(model: Any) -> int:
     """Operations of a pass per token, from the weights alone: the head counts, looking up embeddings and attention do not."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
-    num: int = sum(p.numel() for p in model.parameters()) - (0 if tied else embedding.numel())
-    return 2 * num
+    num = sum(num_weights(p) for p in model.parameters()) - (0 if tied else embedding.numel())
+    return 2 * int(num)
 
 
 def paper_count(layers: Layers) -> int:
