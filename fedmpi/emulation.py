@@ -104,7 +104,7 @@ def on_server(
     else:
         looks = config.builder in NEEDS_TEXT
         emulator = offsite.build(model, config, _some(examples(), config, tokenizer.pad_token_id) if looks else ())
-    layout, structure = emulator.layout, emulator.structure
+    layout = emulator.layout
     full = Base(wanted.model, wanted.peft, device, wanted.seed, Given(model, tokenizer), layout.adapter)
 
     @cache
@@ -113,6 +113,7 @@ def on_server(
 
     if not there and config.prealign_steps:
         emulator = _aligned(emulator, goal(), config, wanted)
+    structure = emulator.structure  # what is folded into factors makes them grow
     if there != own:
         store(emulator, structure, tokenizer, own)
     about = json.loads((own / ABOUT).read_text(encoding="utf-8"))
@@ -143,11 +144,9 @@ def on_client(supply: "Supply", wanted: Recipe, scheme: offsite.Scheme, device: 
 def _aligned(emulator: offsite.Emulator, goal: offsite.Goal, config: offsite.Config, wanted: Recipe) -> offsite.Emulator:
     """Steps of alignment before the first round, merged: what clients get are no longer layers of the original."""
     seed, layout = seed_for(wanted.seed, "prealign"), emulator.layout
-    lora = models.PeftConfig(rank=wanted.peft.rank, alpha=wanted.peft.alpha, target_modules=wanted.peft.target_modules)
-    student = models.add_adapter(emulator.model, lora, seed, None, places(layout, "emulator"))
-    done = offsite.align(goal, student, layout, config, wanted.train, steps=config.prealign_steps, seed=seed)
+    emulator, done = offsite.prealign(emulator, goal, config, wanted.train, wanted.peft, seed=seed)
     print(f"fedmpi: emulator of {len(layout.emulator)} layers for {len(layout.inner)}, aligned: {done.figures}", flush=True)
-    return replace(emulator, model=models.absorbed(student))
+    return emulator
 
 
 def _some(examples: "Sequence[data.Example]", config: offsite.Config, pad_id: int) -> "list[data.Batch]":

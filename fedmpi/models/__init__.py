@@ -8,7 +8,6 @@ from fedmpi.errors import ConfigError
 from fedmpi.lazy import door
 
 if TYPE_CHECKING:
-    from fedmpi.models.adapters import absorbed as absorbed
     from fedmpi.models.adapters import adapted as adapted
     from fedmpi.models.adapters import add_adapter as add_adapter
     from fedmpi.models.adapters import bare as bare
@@ -146,7 +145,6 @@ __getattr__ = door(
                 "save_adapter",
                 "adapted",
                 "merged",
-                "absorbed",
                 "worn",
                 "bare",
             ),

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.func import functional_call
@@ -170,16 +169,6 @@ def worn(model: PreTrainedModel, folder: Path | None) -> Iterator[Any]:
             wearing.unload()
         if kept:
             model.to(dtype).load_state_dict(kept, strict=False)
-
-
-def absorbed(model: PeftModel) -> PreTrainedModel:
-    """The backbone with the adapter in its weights: in copies of them, since the old ones may be another model's too."""
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            layer = module.get_base_layer()
-            layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    backbone: PreTrainedModel = model.merge_and_unload()
-    return backbone.requires_grad_(False).eval()
 
 
 def bare(model: Any) -> Any:

@@ -318,3 +318,17 @@ def test_an_emulator_of_another_model_is_refused(wanted: Any, deep_folder: Path,
         run(foreign, tmp_path / "second")
     with pytest.raises(Exception, match="adapters of 0 and 3"):
         run(replace(given, offsite=replace(settings, adapter_last=3)), tmp_path / "third")
+
+
+LONG = [pytest.param(builder, marks=pytest.mark.slow) for builder in ("influence", "quantized", "distilled")]
+
+
+@pytest.mark.parametrize("builder", ["shared", "thin", *LONG])
+def test_every_builders_emulator_travels_and_is_opened_again(wanted: Any, tmp_path: Path, builder: str) -> None:
+    """In one process and in three the same bytes; a run that opens the stored emulator of another ends in these too."""
+    given = wanted("fedbiot", f"--offsite.builder={builder}", "--offsite.bits=4", "--rounds=2")
+    for name, size in (("one", 1), ("three", 3)):
+        assert set(run(given, tmp_path / name, size)) == {0}
+    opened = replace(given, offsite=replace(given.offsite, emulator=str(tmp_path / "one" / "emulator")))
+    assert run(opened, tmp_path / "opened") == [0]
+    assert left_by(tmp_path / "one") == left_by(tmp_path / "three") == left_by(tmp_path / "opened")
