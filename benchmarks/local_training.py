@@ -1,10 +1,14 @@
 """Local training against transformers' Trainer with peft: the same model, LoRA, samples, batch and steps, without logging.
 
-    python benchmarks/local_training.py [--steps 20] [--repeats 5] [--batch_size 8] [--layers 12] [--hidden 128] [--vocab 2048]
+    python benchmarks/local_training.py [--shape tiny|1b|7b] [--steps 20] [--repeats 5] [--batch_size 8] [--precision fp32]
+    python benchmarks/local_training.py --shape 7b --batch_size 8 --length 512 --precision bf16 --device cuda
 
 Both run in this process and take turns; a time is that of Trainer.train() and of fit(), without making the model or the
 Trainer. Prints one JSON line; `ratio` is the median time of fit() over that of Trainer.train(): below 1, fit() is faster.
-`cpu_ratio` is the same of processor time, which a busy machine disturbs less.
+`cpu_ratio` is the same of processor time, which a busy machine disturbs less. `mfu` is the operations that fit() counts (attention
+scores left out) over what the GPU's data sheet promises for dense bf16, null where that is not known: give --peak_tflops then.
+Peak memory is that of the GPU during the run, less the other one's model. 1b and 7b are a Llama's shapes with random weights in the
+precision's own type, every sample of full length; tiny is in fp32, with lengths spread over the upper half.
 """
 
 import argparse
@@ -26,37 +30,50 @@ import transformers
 from fedmpi.data.batching import collate
 from fedmpi.data.prompts import IGNORED, Example
 from fedmpi.training import Config, fit
+from fedmpi.training.loop import flops_per_token
 
 PAD = 0
+# vocabulary, hidden size, intermediate size, layers, heads, key-value heads
+SHAPES = {
+    "tiny": (2048, 128, 341, 12, 4, 4),
+    "1b": (128256, 2048, 8192, 16, 32, 8),
+    "7b": (32000, 4096, 11008, 32, 32, 32),
+}
+DENSE_BF16_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
 
 
 def model_with_lora(arguments: argparse.Namespace) -> torch.nn.Module:
     torch.manual_seed(0)
+    vocab, hidden, intermediate, layers, heads, groups = SHAPES[arguments.shape]
     config = transformers.LlamaConfig(
-        vocab_size=arguments.vocab,
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.hidden * 8 // 3,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=max(1, arguments.hidden // 32),
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=arguments.layers or layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        tie_word_embeddings=arguments.shape == "1b",
         pad_token_id=PAD,
     )
-    lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    return peft.get_peft_model(transformers.LlamaForCausalLM(config), lora).to(arguments.device)
+    whole = arguments.shape != "tiny" and arguments.precision == "bf16"
+    with torch.device(arguments.device):
+        base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if whole else torch.float32)
+        lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        return peft.get_peft_model(base, lora)  # which keeps the adapter in fp32
 
 
-def samples(count: int, length: int, vocab: int) -> list[Example]:
+def samples(count: int, length: int, vocab: int, spread: bool = True) -> list[Example]:
     """Lengths spread over the upper half of `length`; the last third of each sample is supervised, as in instruction data."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for index in range(count):
-        size = int(torch.randint(length // 2, length + 1, (1,), generator=generator))
+        size = int(torch.randint(length // 2, length + 1, (1,), generator=generator)) if spread else length
         ids = torch.randint(3, vocab, (size,), generator=generator).tolist()
         made.append(Example(ids, [IGNORED] * (2 * size // 3) + ids[2 * size // 3 :], str(index)))
     return made
 
 
-def ours(arguments: argparse.Namespace, data: list[Example]) -> Callable[[], None]:
-    model = model_with_lora(arguments)
+def ours(arguments: argparse.Namespace, data: list[Example], model: torch.nn.Module) -> Callable[[], None]:
     config = Config(steps=arguments.steps, batch_size=arguments.batch_size, precision=arguments.precision)
 
     def run() -> None:
@@ -65,8 +82,7 @@ def ours(arguments: argparse.Namespace, data: list[Example]) -> Callable[[], Non
     return run
 
 
-def theirs(arguments: argparse.Namespace, data: list[Example]) -> Callable[[], None]:
-    model = model_with_lora(arguments)
+def theirs(arguments: argparse.Namespace, data: list[Example], model: torch.nn.Module) -> Callable[[], None]:
     settings = transformers.TrainingArguments(
         output_dir=tempfile.mkdtemp(prefix="local_training_"),
         max_steps=arguments.steps,
@@ -97,26 +113,42 @@ def theirs(arguments: argparse.Namespace, data: list[Example]) -> Callable[[], N
     return run
 
 
-def interleaved(runs: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """Seconds and processor seconds of every run, after one that warms up; who is first changes from turn to turn."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+def interleaved(runs: Mapping[str, Callable[[], None]], repeats: int, device: str) -> dict[str, list[tuple[float, float, int]]]:
+    """Seconds, processor seconds and peak bytes of every run, after one that warms up; who is first changes from turn to turn."""
+    taken: dict[str, list[tuple[float, float, int]]] = {name: [] for name in runs}
+    on_gpu = device.startswith("cuda")
     for turn in range(repeats + 1):
         for name in sorted(runs, reverse=bool(turn % 2)):
+            if on_gpu:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
             started, worked = time.perf_counter(), time.process_time()
             runs[name]()
+            if on_gpu:
+                torch.cuda.synchronize()
+            spent = time.perf_counter() - started, time.process_time() - worked
             if turn:
-                times[name].append((time.perf_counter() - started, time.process_time() - worked))
-    return times
+                taken[name].append((*spent, torch.cuda.max_memory_allocated() if on_gpu else 0))
+    return taken
+
+
+def peak_flops(arguments: argparse.Namespace) -> float | None:
+    """Operations a second that the device could do at most, where somebody says so."""
+    if arguments.peak_tflops or not arguments.device.startswith("cuda"):
+        return arguments.peak_tflops and arguments.peak_tflops * 1e12
+    name = torch.cuda.get_device_name()
+    return next((tflops * 1e12 for part, tflops in DENSE_BF16_TFLOPS.items() if part in name.split("-")[0].split()), None)
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"steps": 20, "repeats": 5, "batch_size": 8, "layers": 12, "hidden": 128, "vocab": 2048}.items():
+    parser.add_argument("--shape", default="tiny", choices=tuple(SHAPES))
+    for name, default in {"steps": 20, "repeats": 5, "batch_size": 8, "length": 128, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--peak_tflops", type=float, help="of the device, dense, in the precision")
     return parser.parse_args()
 
 
@@ -124,22 +156,34 @@ def main() -> None:
     arguments = options()
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
-    data = samples(arguments.steps * arguments.batch_size, arguments.length, arguments.vocab)
-    runs = {"fedmpi": ours(arguments, data), "trainer": theirs(arguments, data)}
-    times = interleaved(runs, arguments.repeats)
-    medians = {name: statistics.median(wall for wall, _ in values) for name, values in times.items()}
-    worked = {name: statistics.median(cpu for _, cpu in values) for name, values in times.items()}
+    data = samples(arguments.steps * arguments.batch_size, arguments.length, SHAPES[arguments.shape][0], arguments.shape == "tiny")
+    tokens = sum(len(example.input_ids) for example in data)
+    models = {name: model_with_lora(arguments) for name in ("fedmpi", "trainer")}
+    runs = {"fedmpi": ours(arguments, data, models["fedmpi"]), "trainer": theirs(arguments, data, models["trainer"])}
+    taken = interleaved(runs, arguments.repeats, arguments.device)
+    seconds = {name: statistics.median(run[0] for run in values) for name, values in taken.items()}
+    worked = {name: statistics.median(run[1] for run in values) for name, values in taken.items()}
+    other = sum(p.nbytes for p in models["trainer"].parameters())
+    peaks = {name: max(run[2] for run in values) - other for name, values in taken.items()}
+    flops = tokens * flops_per_token(models["fedmpi"], models["fedmpi"].parameters())
+    most = peak_flops(arguments)
     figures = {
         "benchmark": "local_training",
-        "ratio": round(medians["fedmpi"] / medians["trainer"], 3),
+        "shape": arguments.shape,
+        "ratio": round(seconds["fedmpi"] / seconds["trainer"], 3),
         "cpu_ratio": round(worked["fedmpi"] / worked["trainer"], 3),
-        "fedmpi_steps_per_s": round(arguments.steps / medians["fedmpi"], 2),
-        "trainer_steps_per_s": round(arguments.steps / medians["trainer"], 2),
+        **{f"{name}_tokens_per_s": round(tokens / value, 1) for name, value in seconds.items()},
+        **{f"{name}_mfu": round(flops / value / most, 4) if most else None for name, value in seconds.items()},
+        **{f"{name}_peak_gib": round(peak / 2**30, 3) if peak > 0 else None for name, peak in peaks.items()},
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} threads, {arguments.device}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} threads, {_device(arguments.device)}",
         "command": f"python {shlex.join(sys.argv)}",
     }
     print(json.dumps(figures))
+
+
+def _device(name: str) -> str:
+    return torch.cuda.get_device_name() if name.startswith("cuda") else name
 
 
 if __name__ == "__main__":
