@@ -122,7 +122,7 @@ def test_a_fit_counts_samples_and_not_rows():
 
 def test_the_ranks_of_a_client_share_packed_rows():
     batch = data.collate(data.pack(examples(12), 40), PAD)
-    shares = [Engine(None, rank, 2).share(batch) for rank in range(2)]
+    shares = [Engine(None, None, None, rank=rank, size=2).share(batch) for rank in range(2)]
     for rank, share in enumerate(shares):
         width = share.input_ids.shape[1]
         assert torch.equal(share.position_ids, batch.position_ids[rank::2, :width]) and share.ids == batch.ids[rank::2]
