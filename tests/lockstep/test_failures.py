@@ -113,3 +113,28 @@ def test_an_update_that_would_break_the_mean_is_its_clients_failure(
     rounds = [line for line in lines_of(tmp_path) if "event" not in line]
     assert [len(line["counted"]) for line in rounds] == [5, 4, 5, 5]
     assert words in str(rounds[1]["failures"][str(rounds[1]["cohort"][2])])
+
+
+class Poisons(Hook):
+    """Makes the gradient of the first step of every turn infinite."""
+
+    def after_backward(self, step: Any) -> None:
+        if step.index == 0:
+            next(p for p in step.model.parameters() if p.requires_grad).grad.fill_(float("inf"))
+
+
+@pytest.mark.parametrize("way", [["--on_nonfinite", "skip"], ["--on_nonfinite=skip"]])
+def test_a_step_that_is_not_finite_is_skipped_and_told(settings: list[str], tmp_path: Path, way: list[str]) -> None:
+    wanted = recipe(*settings, f"--train.hooks=[{__name__}.Poisons]", "--rounds=1", *way)
+    assert run(wanted, tmp_path) == [0]
+    (line,) = [line for line in lines_of(tmp_path) if "event" not in line]
+    assert line["failures"] == {} and line["skipped"].keys() == {str(client) for client in line["cohort"]}
+    for (note,) in line["skipped"].values():
+        assert note.startswith("step 0 of 2: the norm of the gradient is inf, samples ")
+
+
+def test_by_default_it_is_the_clients_failure_with_step_and_samples(settings: list[str], tmp_path: Path) -> None:
+    wanted = recipe(*settings, f"--train.hooks=[{__name__}.Poisons]", "--rounds=1", "--on_quorum_lost=stop")
+    assert run(wanted, tmp_path) == [1]
+    (lost,) = [line for line in lines_of(tmp_path) if line.get("event") == "quorum_lost"]
+    assert "NonFinite: step 0 of 2: the norm of the gradient is inf, samples " in lost["message"]
