@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from program import LAUNCH_S, PROGRAM, RECIPE, REPOSITORY, adapter_of, clean_environment, rounds_of, state_of
+from program import LAUNCH_S, PROGRAM, RECIPE, REPOSITORY, adapter_of, clean_environment, rounds_of, run, state_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 PYTHON = sys.executable
@@ -69,3 +69,19 @@ def test_a_signalled_job_commits_is_requeued_and_ends_in_the_same_bytes(
     assert f"{run_dir}/state.json says preempted" in said
     assert state_of(run_dir) == "finished"
     assert adapter_of(run_dir) == expected
+
+
+def test_fedbiot_as_a_job_gives_the_bytes_of_one_process(slurm: Cluster, tmp_path: Path) -> None:
+    if not slurm.separate_hosts:
+        pytest.skip("nodes without host names of their own: needs root and network namespaces")
+    small = ["--rounds=2", "--clients=3", "--clients_per_round=3", "--data.num_rows=60", "--eval.task=none"]
+    small += ["--offsite.drop_rate=0.5", "--offsite.prealign_steps=2", "--offsite.align_steps=1"]
+    wanted = ["--config", str(RECIPE), *small]
+    run([PYTHON, "-m", "fedmpi.run", "--algorithm=fedbiot", *wanted, "--run_dir", str(tmp_path / "one")], tmp_path / "here")
+    log, run_dir = tmp_path / "log.txt", tmp_path / "run"
+    options = (f"--output={log}", "--time=9", "--ntasks-per-node=2", f"--chdir={tmp_path}")
+    job = str(REPOSITORY / "slurm/fedbiot.sh")
+    number = slurm.submit(*options, job, *wanted, "--run_dir", str(run_dir), **of_the_program())
+    ended = slurm.wait(number, timeout_s=LAUNCH_S)
+    assert ended["JobState"] == "COMPLETED", log.read_text()[-6000:]
+    assert adapter_of(run_dir) == adapter_of(tmp_path / "one")

@@ -97,6 +97,14 @@ def test_a_stopped_run_goes_on_from_the_emulator_that_is_there(
     assert events == ["supply", "evaluation", "supply", "resume"]
 
 
+def test_a_lossy_codec_leaves_server_and_clients_with_one_emulator(wanted: Any, tmp_path: Path) -> None:
+    """Both LoRA go down in 8 bits: the server aligns on from what was decoded, so placements agree."""
+    given = wanted("fedbiot", "--codec_down=int8", "--codec_up=delta,int8,ef", "--rounds=2")
+    for size in (1, 3):
+        assert run(given, tmp_path / str(size), size) == [0] * size
+    assert left_by(tmp_path / "1") == left_by(tmp_path / "3")
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_nobody_but_the_server_opens_the_model(wanted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Ranks are threads: the opener refuses the model's folder to every thread but the server's."""
