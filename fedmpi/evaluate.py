@@ -66,18 +66,32 @@ def _parser() -> argparse.ArgumentParser:
     add("--judge_url", help="judge: address of an OpenAI-compatible service, up to /v1; its key is read from FEDMPI_JUDGE_KEY")
     add("--judge_model", help="judge: the model that rates")
     add("--against", help="judge: the result of --task answers of the model to compare with")
-    add("--seed", type=int, default=0)
     add("--max_new_tokens", type=int)
     add("--temperature", type=float, help="0 is greedy")
     add("--top_k", type=int)
     add("--top_p", type=float)
-    add("--batch_size", type=int, default=16)
-    add("--device", default="auto")
-    add("--threads", type=int, default=1)
+    machine_options(parser)
     add("--transport", choices=("auto", "torch", "mpi"), default="auto", help="where the environment is ambiguous")
     add("--out", type=Path, help="folder for the result; default RUN_DIR/evaluations, or evaluations/MODEL")
     add("--again", action="store_true", help="discard a result of this task that is there already")
     return parser
+
+
+def machine_options(parser: argparse.ArgumentParser) -> None:
+    """What every command that asks a model takes."""
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=1)
+
+
+def set_up(given: argparse.Namespace) -> None:
+    """Check and apply them."""
+    import torch
+
+    if given.batch_size < 1 or given.threads < 1:
+        raise ConfigError(f"--batch_size {given.batch_size} and --threads {given.threads} must be at least 1")
+    torch.set_num_threads(given.threads)
 
 
 @dataclass(frozen=True)
@@ -110,7 +124,7 @@ def open_target(path: str, out: Path | None, which: str | None = None) -> Target
         model = models.Config(path)
         name = models.public_name(model).replace("/", "_").replace(":", "_")
         return Target(model, None, data.Config(), None, 0, out or Path("evaluations") / name)
-    wanted, _ = recipe.read(["--config", str(folder / "config.yaml")], "config.yaml", "")
+    wanted = recipe.of_run(folder)
     if which is not None and not (folder / "emulator").is_dir():
         raise ConfigError(f"--which {which}: {folder} is no run of offsite tuning (it has no emulator/)")
     if which == "emu":
@@ -136,14 +150,10 @@ def default_task(name: str) -> str:
 
 def run(given: argparse.Namespace) -> int:
     """Open, ask, write."""
-    import torch
-
     from fedmpi.host import pick_device
     from fedmpi.run import open_transport
 
-    if given.batch_size < 1 or given.threads < 1:
-        raise ConfigError(f"--batch_size {given.batch_size} and --threads {given.threads} must be at least 1")
-    torch.set_num_threads(given.threads)
+    set_up(given)
     world = from_environment(os.environ, given.transport)
     target = open_target(given.target, given.out, given.which)
     given.task = default_task(target.data.name) if given.task == "auto" else given.task

@@ -16,7 +16,7 @@ from typing import Any
 from fedmpi import data, models, recipe
 from fedmpi.command import FINISHED, guarded
 from fedmpi.errors import ConfigError
-from fedmpi.recipe import Recipe
+from fedmpi.evaluate import machine_options, set_up
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,26 +52,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top_k", type=int, default=0, help="0 is all")
     add("--top_p", type=float, default=1.0)
-    add("--seed", type=int, default=0)
-    add("--batch_size", type=int, default=16)
-    add("--device", default="auto")
-    add("--threads", type=int, default=1)
+    machine_options(parser)
     return parser
 
 
 def answers(given: argparse.Namespace) -> list[tuple[str, list[tuple[str, str]]]]:
     """For each prompt what each of the models says. The base is loaded once and takes every adapter in turn."""
-    import torch
-
     from fedmpi.evaluation.decoding import Decoding
     from fedmpi.evaluation.speaker import ModelSpeaker
     from fedmpi.host import pick_device
 
-    if given.batch_size < 1 or given.threads < 1:
-        raise ConfigError(f"--batch_size {given.batch_size} and --threads {given.threads} must be at least 1")
-    torch.set_num_threads(given.threads)
+    set_up(given)
     decoding = Decoding(given.max_new_tokens, given.temperature, given.top_k, given.top_p, given.seed)
-    wanted = run_recipe(given.run_dir)
+    wanted = recipe.of_run(given.run_dir)
     emulated = given.which == "emu"
     if emulated and not (given.run_dir / "emulator").is_dir():
         raise ConfigError(f"--which emu: {given.run_dir} is no run of offsite tuning (it has no emulator/)")
@@ -88,14 +81,6 @@ def answers(given: argparse.Namespace) -> list[tuple[str, list[tuple[str, str]]]
     return [
         (prompt, [(title, texts[i]) for title, texts in zip(titles, said, strict=True)]) for i, prompt in enumerate(given.prompt)
     ]
-
-
-def run_recipe(run_dir: Path) -> Recipe:
-    """The settings of a run, from its own folder."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{run_dir} is no run folder: it has no config.yaml")
-    return recipe.read(["--config", str(path)], "config.yaml", "")[0]
 
 
 def find_voices(run_dir: Path, scenario: str, compare: str, adapter: str = "adapter") -> Iterator[tuple[str, Path | None]]:

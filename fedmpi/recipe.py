@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, Literal
@@ -260,6 +261,14 @@ def _spelt_out(argument: str) -> str:
     """--on_nonfinite is a word of the federation, like --on_quorum_lost; what it sets is done in training."""
     key, equals, value = argument.partition("=")
     return f"--train.on_nonfinite{equals}{value}" if key == "--on_nonfinite" else argument
+
+
+def of_run(folder: Path) -> Recipe:
+    """The settings of a run, from its own folder."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no run folder: it has no config.yaml")
+    return read(["--config", str(path)], "config.yaml", "")[0]
 
 
 def algorithm(name: str) -> ModuleType:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmpi import config, data, generate, models
+from fedmpi import config, data, generate, models, recipe
 from fedmpi.errors import ConfigError
 from fedmpi.evaluation.decoding import Decoding
 from fedmpi.evaluation.speaker import open_speaker
@@ -71,7 +71,7 @@ def test_a_run_of_one_scenario_has_no_others(run_dir, tmp_path):
     with pytest.raises(ConfigError, match="--compare fed.*scenario is global"):
         list(generate.find_voices(run_dir, "global", "fed"))
     with pytest.raises(ConfigError, match="is no run folder: it has no config.yaml"):
-        generate.run_recipe(tmp_path)
+        recipe.of_run(tmp_path)
 
 
 def test_the_command_prints_both(run_dir, capsys):
