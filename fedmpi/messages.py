@@ -2,7 +2,7 @@
 
 A payload is a sequence of chunks, each of a fixed number of bytes of the tensors' elements one after the other (`Manifest.places`),
 but for the last. Whatever can be sliced can be sent: chunk by chunk, `payload[place]` gives the bytes that stand for the elements
-of that place, is asked once however many peers there are, and only when the first of them comes to it. Raw bytes stand for
+of that place. It is asked once for each peer, when that comes to the place, and gives all of them the same. Raw bytes stand for
 themselves: a slice of memory, or of tensors that are put together on the way (`Packed`). A codec's payload gives what it encodes
 them to, at most as many bytes as its chain says; the place is that of the elements, the length stands in the chunk's frame. On the
 other side the bytes of a place come with where it begins, and are decoded to flat elements there (`Manifest.cut`).

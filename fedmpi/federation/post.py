@@ -28,6 +28,7 @@ class Post:
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
+        transport.in_chunks = frozenset({Kind.UPDATE})  # until it is known that they are wanted whole
         self._manifests: dict[int, Manifest] = {}
         self._told: set[tuple[int, int]] = set()  # (peer, hash) that this rank has announced
         self._last: tuple[tuple[object, ...], Manifest] | None = None
@@ -73,14 +74,15 @@ class Post:
     ) -> Tensors:
         """Tensors, and one small object before them, to each of these peers; gives back what they will decode.
 
-        Chunks are put together and checksummed once, on the way.
+        To one peer, chunks are put together on the way; for several, before it, lest each of them has its own.
         """
         manifest = self._manifest(tensors)
         for peer in peers:
             self._announce(peer, manifest)
         header = Header(kind, round_index, client, manifest.num_bytes, manifest.hash)
         said = b"" if note is None else json.dumps(note).encode()
-        self._send(peers, header, Packed(tensors, manifest), said)
+        packed: Payload = Packed(tensors, manifest)
+        self._send(peers, header, packed if len(peers) == 1 else packed[: len(packed)], said)
         return tensors  # raw bytes are decoded to what they were
 
     def send_coded(

@@ -71,7 +71,7 @@ class Transport:
         self, peers: Collection[int], header: Header, payload: Payload | None = None, note: bytes = b""
     ) -> dict[int, LinkError]:
         """Send one message to several peers at once; a slow or lost one holds up nobody. Gives failures by peer."""
-        message = Outgoing(header, payload, self._chunk_bytes, note, len(peers))
+        message = Outgoing(header, payload, self._chunk_bytes, note)
         if len(peers) == 1 or is_small(
             message.header
         ):  # a small one fits into any peer's buffers: other threads would cost more than it

@@ -24,7 +24,7 @@ from fedmpi.errors import LinkError, PeerLost, ProtocolError
 from fedmpi.messages import FRAME_BYTES, HEADER_BYTES, Header, Kind, Payload, check_frame, chunks, frame
 
 NUM_BUFFERS = 2  # for whole payloads: one is filled while the other is used
-NUM_CHUNKS = 16  # for payloads that are handed on chunk by chunk: a server's memory does not grow with its clients
+NUM_CHUNKS = 8  # for payloads that are handed on chunk by chunk: a server's memory does not grow with its clients
 SMALL_BYTES = 64 << 10  # payloads up to this travel in one piece with their frame, and need no permit
 CONTROL = frozenset({Kind.HEARTBEAT, Kind.STOP_WANTED, Kind.BYE, Kind.ABORT})
 LAST_WORDS = frozenset({Kind.BYE, Kind.ABORT})
@@ -67,15 +67,13 @@ class Traffic:
 
 
 class Outgoing:
-    """A message to one or several peers. Each chunk is made and checksummed once, when the first of them comes to it, and kept
-    until the last of them has taken it."""
+    """A message to one or several peers. Each chunk is checksummed once, when the first of them comes to it."""
 
-    def __init__(self, header: Header, payload: Payload | None, chunk_bytes: int, note: bytes = b"", num_peers: int = 1) -> None:
+    def __init__(self, header: Header, payload: Payload | None, chunk_bytes: int, note: bytes = b"") -> None:
         self.payload: Payload = memoryview(b"") if payload is None else payload
         self._note = note.ljust(-(-len(note) // 8) * 8)  # so that what comes behind it is aligned
         self.header = replace(header, length=len(self.payload), chunk_bytes=chunk_bytes, note=len(self._note))
-        self._num_peers = num_peers
-        self._made: dict[int, tuple[tuple[memoryview, memoryview], int]] = {}  # by number, with how many peers have taken it
+        self._frames: dict[int, memoryview] = {}
         self._lock = threading.Lock()
 
     def parts(self) -> Iterator[tuple[memoryview, ...]]:
@@ -92,14 +90,11 @@ class Outgoing:
             head = ()
 
     def _framed(self, index: int, place: slice) -> tuple[memoryview, memoryview]:
+        chunk = self.payload[place]
         with self._lock:
-            made, taken = self._made.pop(index, (None, 0))
-            if made is None:
-                chunk = self.payload[place]
-                made = (_writable(frame(chunk, index)), chunk)
-            if taken + 1 < self._num_peers:
-                self._made[index] = (made, taken + 1)
-            return made
+            if index not in self._frames:
+                self._frames[index] = _writable(frame(chunk, index))
+            return self._frames[index], chunk
 
 
 def _writable(data: bytes) -> memoryview:

@@ -53,8 +53,6 @@ def federation(transport: Transport | None) -> Federation:
     fed = Federation(place(CLIENTS, size), rank, None if transport is None else Post(transport))
     fed.greet("test", {client: client + 1 for client in fed.placement.hosted_by(rank)})
     if rank == 0:
-        if fed.post is not None:
-            fed.post.transport.in_chunks = frozenset({Kind.UPDATE})
         fed.conductor = Conductor([client + 1 for client in range(CLIENTS)], 1, 0, CLIENTS)
     fed.welcome({}, 1 << 30)
     return fed
