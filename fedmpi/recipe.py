@@ -151,6 +151,11 @@ class Recipe:
         if self.sampling not in ("all", "uniform", "weighted") and not self.sampling.startswith("fixed:"):
             raise ConfigError(f"sampling {self.sampling!r}: allowed are all, uniform, weighted, fixed:0,3,5")
 
+        if self.train.checkpointing and self.peft.method == "prefix":
+            raise ConfigError(
+                "train.checkpointing computes layers again without the cache, in which peft.method prefix lives: leave it out, or "
+                "take another method"
+            )
         if self.model.quantization != "none":
             self._can_be_quantized()
         self._can_be_aggregated()

@@ -69,3 +69,8 @@ def test_virtual_tokens_take_positions(settings: list[str], tmp_path: Path) -> N
     wanted = recipe(*settings, "--peft.method=prompt", "--peft.dropout=0", "--peft.num_virtual_tokens=400")
     with pytest.raises(ConfigError, match="512 positions, of which virtual tokens take 400: give at most 112"):
         run(wanted, tmp_path)
+
+
+def test_checkpointing_does_not_go_with_a_prefix() -> None:
+    with pytest.raises(ConfigError, match="train.checkpointing .* prefix"):
+        recipe("--peft.method=prefix", "--train.checkpointing=true")
