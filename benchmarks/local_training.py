@@ -5,8 +5,8 @@
 
 Both run in this process and take turns; a time is that of Trainer.train() and of fit(), without making the model or the
 Trainer. Prints one JSON line; `ratio` is the median time of fit() over that of Trainer.train(): below 1, fit() is faster.
-`cpu_ratio` is the same of processor time, which a busy machine disturbs less. `mfu` is the operations that fit() counts (attention
-scores left out) over what the GPU's data sheet promises for dense bf16, null where that is not known: give --peak_tflops then.
+`cpu_ratio` is the same of processor time, which a busy machine disturbs less. `mfu` is the operations that fit() counts over
+what the GPU's data sheet promises for dense bf16, null where that is not known: give --peak_tflops then.
 Peak memory is that of the GPU during the run, less the other one's model. 1b and 7b are a Llama's shapes with random weights in the
 precision's own type, every sample of full length; tiny is in fp32, with lengths spread over the upper half.
 """
@@ -30,7 +30,6 @@ import transformers
 from fedmpi.data.batching import collate
 from fedmpi.data.prompts import IGNORED, Example
 from fedmpi.training import Config, fit
-from fedmpi.training.loop import flops_per_token
 
 PAD = 0
 # vocabulary, hidden size, intermediate size, layers, heads, key-value heads
@@ -73,11 +72,13 @@ def samples(count: int, length: int, vocab: int, spread: bool = True) -> list[Ex
     return made
 
 
-def ours(arguments: argparse.Namespace, data: list[Example], model: torch.nn.Module) -> Callable[[], None]:
+def ours(arguments: argparse.Namespace, data: list[Example], model: torch.nn.Module, flops: list[int]) -> Callable[[], None]:
     config = Config(steps=arguments.steps, batch_size=arguments.batch_size, precision=arguments.precision)
 
     def run() -> None:
-        assert fit(model, data, config, seed=0, pad_id=PAD).steps == arguments.steps
+        done = fit(model, data, config, seed=0, pad_id=PAD)
+        assert done.steps == arguments.steps
+        flops.append(done.flops)
 
     return run
 
@@ -159,13 +160,13 @@ def main() -> None:
     data = samples(arguments.steps * arguments.batch_size, arguments.length, SHAPES[arguments.shape][0], arguments.shape == "tiny")
     tokens = sum(len(example.input_ids) for example in data)
     models = {name: model_with_lora(arguments) for name in ("fedmpi", "trainer")}
-    runs = {"fedmpi": ours(arguments, data, models["fedmpi"]), "trainer": theirs(arguments, data, models["trainer"])}
+    flops: list[int] = []
+    runs = {"fedmpi": ours(arguments, data, models["fedmpi"], flops), "trainer": theirs(arguments, data, models["trainer"])}
     taken = interleaved(runs, arguments.repeats, arguments.device)
     seconds = {name: statistics.median(run[0] for run in values) for name, values in taken.items()}
     worked = {name: statistics.median(run[1] for run in values) for name, values in taken.items()}
     other = sum(p.nbytes for p in models["trainer"].parameters())
     peaks = {name: max(run[2] for run in values) - other for name, values in taken.items()}
-    flops = tokens * flops_per_token(models["fedmpi"], models["fedmpi"].parameters())
     most = peak_flops(arguments)
     figures = {
         "benchmark": "local_training",
@@ -173,7 +174,7 @@ def main() -> None:
         "ratio": round(seconds["fedmpi"] / seconds["trainer"], 3),
         "cpu_ratio": round(worked["fedmpi"] / worked["trainer"], 3),
         **{f"{name}_tokens_per_s": round(tokens / value, 1) for name, value in seconds.items()},
-        **{f"{name}_mfu": round(flops / value / most, 4) if most else None for name, value in seconds.items()},
+        **{f"{name}_mfu": round(flops[-1] / value / most, 4) if most else None for name, value in seconds.items()},
         **{f"{name}_peak_gib": round(peak / 2**30, 3) if peak > 0 else None for name, peak in peaks.items()},
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} threads, {_device(arguments.device)}",
