@@ -20,6 +20,7 @@ CASES = {
     "evaluation.py --rows 2 --batch 2 --tokens 8 --repeat 1": (
         *("share_in_generate", "share_in_forward", "gsm8k_s", "one_at_a_time_s", "batched_s", "batching_ratio", "equal_answers"),
     ),
+    "emulators.py --builders uniform,thin --steps 1 --rows 330 --max_length 96": ("model", "emulators"),
     "latency.py --ranks 3 --rounds 4 --launcher in_process": ("ms_per_round", "ms_per_round_with_checkpoint"),
     "simulate.py --clients 3 --per_round 2 --rounds 3 --steps 1 --layers 1 --hidden 32": (
         *("added_ms_per_turn", "added_ms_per_round", "bare_ms_per_turn"),
