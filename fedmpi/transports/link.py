@@ -240,8 +240,11 @@ class Link:
         places = list(chunks(header.length, header.chunk_bytes))
         if header.kind in self._hub.in_chunks:
             for index, place in enumerate(places):
-                chunk = self._filled(header, [(index, place)], min(header.chunk_bytes, header.length), NUM_CHUNKS)
-                self._hand_on(header, chunk, b"" if index else note, place.start, place.stop == header.length)
+                ends, room = place.stop == header.length, min(header.chunk_bytes, header.length)
+                # held by no name here: its memory is used again while this thread waits for the next permit
+                self._hand_on(
+                    header, self._filled(header, [(index, place)], room, NUM_CHUNKS), b"" if index else note, place.start, ends
+                )
         else:
             payload = self._filled(header, list(enumerate(places)), header.length, NUM_BUFFERS)
             self._hand_on(header, payload, note)
