@@ -144,7 +144,7 @@ class Program:
         if self.world.rank == 0:
             from fedmpi import report
 
-            show(results, path)
+            report.show(results, path)
             print(f"report: {report.write(path)}", flush=True)
         self._tell(path, "finished")
         return FINISHED
@@ -243,42 +243,6 @@ def _completed(host: "Host", jobs: "Mapping[int, Session]", client: int, adapter
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         write_atomically(path / "summary.json", json.dumps({**summary, "final": {**summary["final"], **found}}, indent=2) + "\n")
     return found
-
-
-def show(results: Mapping[str, Any], path: Path) -> None:
-    """The table at the end."""
-    from rich.console import Console
-    from rich.table import Table
-
-    rows = rows_of(results)
-    columns = {"eval_loss": ("held-out loss", "{:.3f}"), "exact_match": ("exact match", "{:.1%}")}
-    if any("eval_loss_emu" in scores for _, scores in rows):
-        columns |= {"eval_loss_emu": ("loss with emulator", "{:.3f}"), "exact_match_emu": ("match with emulator", "{:.1%}")}
-    table = Table("trained on")
-    for title, _ in columns.values():
-        table.add_column(title, justify="right")
-    for name, scores in rows:
-        table.add_row(name, *(form.format(scores[key]) if key in scores else "-" for key, (_, form) in columns.items()))
-    print(f"results in {path}")
-    Console(width=100, force_terminal=False).print(table)  # no escapes: a rank may have a terminal while its output is a file
-
-
-def rows_of(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
-    """Named scores, from the base to the federation."""
-    rows: list[tuple[str, Mapping[str, float]]] = []
-    if "fed" in results:
-        rows.append(("nothing (the base model)", results["fed"]["base"]))
-    if "local" in results:
-        alone = results["local"]
-        rows += [(f"client {client} alone", scores) for client, scores in sorted(alone.items())]
-        kept = {f"{key}{ending}" for key in ("eval_loss", "eval_token_accuracy", "exact_match") for ending in ("", "_emu")}
-        keys = kept.intersection(*alone.values())
-        rows.append(("mean of the clients alone", {key: sum(s[key] for s in alone.values()) / len(alone) for key in keys}))
-    if "global" in results:
-        rows.append(("all data in one place", results["global"][0]))
-    if "fed" in results:
-        rows.append(("the federation", results["fed"]["final"]))
-    return rows
 
 
 if __name__ == "__main__":

@@ -76,12 +76,13 @@ def run_round(fed: "Federation", rnd: "Round", server: Server | None, clients: "
     if server:
         server = align_emulator(server, rnd)  # 3-6
     sent = fed.broadcast(server.outgoing if server else None)  # 7
+    if server:  # what clients decoded is what the server goes on from
+        server = replace(server, adapter=server.host.base.part(sent, "adapter"), emulator=server.host.base.part(sent, "emulator"))
     check = server.host.check(server, rnd) if server else None
     received = fed.gather(rnd, clients, lambda client: client_update(client, sent, rnd), check)  # 8-15
     if server:
         mean = server.host.aggregate(server, received, rnd)  # 16, Eq. 11
-        emulator = server.host.base.part(sent, "emulator")  # what clients decoded is what the server goes on from
-        server = replace(mean, emulator=emulator, figures={**server.figures, **mean.figures})
+        server = replace(mean, figures={**server.figures, **mean.figures})
     return server
 
 

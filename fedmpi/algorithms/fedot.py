@@ -4,7 +4,7 @@ section 4.2. The adapter is the first and the last layers, the emulator is disti
 With `--scenario local` it is LocalOT, every client by itself; with `global` it is offsite tuning of one party that has all data.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fedmpi import federation, offsite, training
@@ -71,6 +71,7 @@ def outline(config: Config, shapes: object, wanted: "Recipe") -> "Outline":
 def run_round(fed: "Federation", rnd: "Round", server: Server | None, clients: "Mapping[int, Client]") -> Server | None:
     """One communication round. Every rank runs this; `server` is None and `clients` is empty where they do not live."""
     sent = fed.broadcast(server.outgoing if server else None)  # the server sends the adapter
+    server = replace(server, adapter=sent) if server else None  # what everybody decoded is what the round stands on
     check = server.host.check(server, rnd) if server else None
     received = fed.gather(rnd, clients, lambda client: client_update(client, sent, rnd), check)  # tuned around the emulator
     if server:

@@ -9,5 +9,6 @@ if TYPE_CHECKING:
     from fedmpi.report.page import save as save
     from fedmpi.report.page import write as write
     from fedmpi.report.reading import read as read
+    from fedmpi.report.results import show as show
 
-__getattr__ = door(__name__, {**dict.fromkeys(("render", "save", "write"), "page"), "read": "reading"})
+__getattr__ = door(__name__, {**dict.fromkeys(("render", "save", "write"), "page"), "read": "reading", "show": "results"})

@@ -10,7 +10,7 @@ import yaml
 
 from fedmpi.errors import CheckpointError, ConfigError
 from fedmpi.folder import read_metrics, read_object
-from fedmpi.run import rows_of
+from fedmpi.report.results import rows_of
 
 Line = dict[str, Any]
 Points = list[tuple[int, float]]
