@@ -47,11 +47,13 @@ Spent = tuple[float, float]  # seconds, processor seconds
 class Still(Host):
     """A host whose evaluations are free: what is measured is everything else."""
 
-    def score(self, adapter: Tensors) -> dict[str, float]:
+    heldout_samples: Mapping[str, int] = {}
+
+    def score(self, *_: object) -> dict[str, float]:
         """No figures."""
         return {}
 
-    def answer(self, adapter: Tensors) -> dict[str, Any]:
+    def answer(self, *_: object) -> dict[str, Any]:
         """No figures."""
         return {}
 
@@ -94,10 +96,13 @@ def host(asked: argparse.Namespace, folder: Path) -> Still:
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     base = Base(models.Config(path=str(folder)), models.PeftConfig(rank=asked.rank), "cpu", 0)
     base.tokenizer = SimpleNamespace(pad_token_id=PAD)  # the examples are tokens already
-    parties = data.Federated(tuple(data.ClientData(c, [], []) for c in range(asked.clients)), [], {}, {})
+    clients = tuple(data.ClientData(c, [], []) for c in range(asked.clients))
+    parties = data.Federated(clients, [data.Row("", "", "", "", "0")], (), {"splitter": "iid"}, "nobody")
     train = training.Config(steps=asked.steps, batch_size=4, optimizer_state=asked.optimizer_state)
     made = Still(base, parties, data.Config(), train, evaluation.Config())
-    made._examples = {client: examples(8 + client % 9, client) for client in range(asked.clients)}
+    for client in range(asked.clients):
+        tokens = examples(8 + client % 9, client)
+        made._examples[client] = tokens, data.Counts(len(tokens), 0, 0, sum(len(example.input_ids) for example in tokens))
     return made
 
 

@@ -189,7 +189,9 @@ class Keeper:
         """The results of a run that came to its end."""
         lines = self.folder.metrics()
         folders = {ending: self.folder.path / f"adapter{ending}" for ending in self.host.views(server)}
-        with checkpoint.writing(str(self.folder.path), "every round is safe: make room and start the run again, it ends there"):
+        where = " and ".join(map(str, folders.values()))
+        advice = "every round is safe: make room and start the run again, it ends there"
+        with checkpoint.writing(where, advice):
             for ending, (base, tensors) in self.host.views(server).items():
                 base.save(tensors or {}, folders[ending])
                 base.folds.save(folders[ending])

@@ -178,9 +178,15 @@ def _attempt(what: str, config: Config, load: Callable[[], T]) -> T:
         ) from None
 
 
+def repeated_layers(model: Any) -> Any:
+    """The longest list of modules of a model, nothing where it has none."""
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module))
+    return max(lists, key=len, default=None)
+
+
 def decoder_layers(model: Any) -> Any:
-    """The repeated layers: the longest list of modules of a model."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
-    if not lists:
+    """The repeated layers of a decoder."""
+    layers = repeated_layers(model)
+    if layers is None:
         raise ModelError(f"{type(model).__name__} has no list of repeated layers: it is no decoder that this program knows")
-    return max(lists, key=len)
+    return layers

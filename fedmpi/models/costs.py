@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
-from fedmpi.models.backbone import decoder_layers
+from fedmpi.models.backbone import decoder_layers, repeated_layers
 from fedmpi.models.quantized import num_weights
 from fedmpi.models.virtual import rows_in_front, virtual_positions
 
@@ -96,13 +96,13 @@ class Watch:
         """The pass in figures that hold for every length. What was called with as many rows as the layers belongs to the text."""
         head = model.get_output_embeddings()
         heads = {id(module) for module in head.modules()} if head is not None else set()
-        inside = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
+        inside = {id(module) for layer in repeated_layers(model) or [model] for module in layer.modules()}
         rows = max((call.num_rows for call in self.calls if id(call.module) in inside), default=0)
         text = [call.num_rows == rows or id(call.module) in heads for call in self.calls]
         front = rows_in_front(model)
         return Work(
             per_token=sum(call.ops for call, is_text in zip(self.calls, text, strict=True) if is_text),
-            per_square=4 * _attention_width(model) * sum(self.attention),
+            per_square=4 * _attention_width(model) * sum(self.attention) if self.attention else 0,
             per_step=sum(call.ops * call.num_rows for call, is_text in zip(self.calls, text, strict=True) if not is_text),
             front=front,
             cached=virtual_positions(model) - front,

@@ -10,7 +10,7 @@ from fedmpi.data import federate, tokenize
 from fedmpi.errors import ConfigError
 from fedmpi.evaluation import heldout_loss
 from fedmpi.generate import main as generate
-from tests.lockstep.ranks import adapter, recipe, run
+from tests.lockstep.ranks import STOPS, adapter, recipe, run
 
 METHODS = {
     "rslora": ["--peft.rslora=true", "--peft.target_modules=all-linear"],
@@ -35,10 +35,10 @@ def test_a_method_in_every_placement(name: str, short: list[str], model_folder: 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    wanted = recipe(*short, *METHODS[name])
+    wanted = recipe(*short, *METHODS[name], STOPS)
     assert run(wanted, tmp_path / "one") == [0]
     assert run(wanted, tmp_path / "four", 4) == [0] * 4
-    assert set(run(wanted, tmp_path / "parts", 2, stop_rank=1)) == {75}
+    assert set(run(wanted, tmp_path / "parts", 2, stop_rank=1, stop_turn=3)) == {75}
     assert run(wanted, tmp_path / "parts", 3) == [0] * 3
     assert adapter(tmp_path / "one") == adapter(tmp_path / "four") == adapter(tmp_path / "parts")
 

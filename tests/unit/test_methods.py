@@ -214,7 +214,7 @@ def test_a_whole_model_does_not_fit_another(tmp_path):
     models.save_adapter(model, models.trainable(model), tmp_path)
     with pytest.raises(ModelError, match=r"model.layers.2"):
         models.adapted(llama(layers=3), tmp_path)
-    with pytest.raises(ModelError, match=r"embed_tokens.weight is \(50, 32\)"):
+    with pytest.raises(ModelError, match=r"weight is \(50, 32\)"):
         models.adapted(llama(vocab=60), tmp_path)
 
 
