@@ -42,9 +42,7 @@ def test_srun_with_pmix_gives_the_same_bytes_over_mpi(slurm: Cluster, tmp_path: 
         pytest.skip("Slurm's pmix plugin needs nodes that are separate hosts: needs root and network namespaces")
     if "pmix" not in slurm.run("srun", "--mpi=list"):
         pytest.skip("this Slurm has no pmix plugin (Debian: slurm-client)")
-    if "no library" in slurm.run(
-        "bash", "-c", "srun --mpi=pmix --time=1 true 2>&1 | sed 's/can not load PMIx library/no library/'"
-    ):
+    if "can not load PMIx library" in slurm.run("bash", "-c", "srun --mpi=pmix --time=1 true 2>&1 || true"):
         pytest.skip("Slurm's pmix plugin finds no libpmix.so (Debian: libpmix-dev)")
     output = srun(slurm, tmp_path / "run", "--mpi=pmix")
     assert "4 ranks from srun with PMIx, transport mpi" in output
