@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from fedmpi import messages
 from fedmpi.aggregation.mean import Piece
 from fedmpi.codecs import Chain
 from fedmpi.errors import ProtocolError, TrainingError
@@ -24,7 +23,8 @@ from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.post import Post
 from fedmpi.federation.updates import Failure, Outcome, Update
 from fedmpi.ledger import Ledger
-from fedmpi.messages import Kind, Packed, manifest_of
+from fedmpi.manifest import Packed, manifest_of, unpack
+from fedmpi.messages import Kind
 from fedmpi.round import Placement, Round
 from fedmpi.tensors import Tensors, room
 from fedmpi.transports.inbox import Message
@@ -157,7 +157,7 @@ class Arrivals:
             if ends:
                 self._missing.discard(update.client)
                 body = filling.pop(message.peer, None)
-                tensors = self.post.tensors(message) if body is None else messages.unpack(body, self.post.manifest(message))
+                tensors = self.post.tensors(message) if body is None else unpack(body, self.post.manifest(message))
                 yield replace(update, tensors=tensors)
             message.release()
 

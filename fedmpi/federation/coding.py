@@ -21,7 +21,7 @@ import xxhash
 from fedmpi.codecs import Chain
 from fedmpi.codecs.coder import Coder
 from fedmpi.errors import ProtocolError, TrainingError
-from fedmpi.messages import Manifest, Packed, manifest_of, unpack
+from fedmpi.manifest import Manifest, Packed, manifest_of, unpack
 from fedmpi.round import Round, Verdict
 from fedmpi.seeding import seed_for
 from fedmpi.tensors import Tensors

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from fedmpi import messages
 from fedmpi.codecs import Chain
 from fedmpi.errors import ProtocolError
 from fedmpi.federation.coding import Coded, decode, most_bytes
-from fedmpi.messages import Header, Kind, Manifest, Packed, Payload
+from fedmpi.manifest import Manifest, Packed, manifest_of, unpack
+from fedmpi.messages import Header, Kind, Payload
 from fedmpi.tensors import Tensors
 from fedmpi.transports.base import Transport
 from fedmpi.transports.inbox import Message
@@ -110,7 +110,7 @@ class Post:
         """That of the tensors sent last, where these are alike: making one takes longer than sending a small adapter."""
         layout = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
         if self._last is None or self._last[0] != layout:
-            self._last = (layout, messages.manifest_of(tensors))
+            self._last = (layout, manifest_of(tensors))
         return self._last[1]
 
     def keep(self, message: Message) -> Tensors:
@@ -121,7 +121,7 @@ class Post:
     def tensors(self, message: Message) -> Tensors:
         """The tensors of a message, as views of its buffer: they live until the message is released."""
         body = message.payload if message.payload is not None else torch.empty(0, dtype=torch.uint8)
-        return messages.unpack(body, self.manifest(message))
+        return unpack(body, self.manifest(message))
 
     def pieces(self, message: Message) -> Iterator[tuple[int, torch.Tensor]]:
         """The elements of a message, or of a part of one, as flat views of its buffer, each with how many come before it."""

@@ -20,7 +20,7 @@ import torch.distributed.nn.functional
 from torch import distributed as dist
 
 from fedmpi.errors import PeerLost, WorldError
-from fedmpi.messages import Manifest, Packed, manifest_of, unpack
+from fedmpi.manifest import Manifest, Packed, manifest_of, unpack
 from fedmpi.tensors import Tensors
 
 ON_LEAVING: list[Callable[[], None]] = []  # lets go of what a library keeps of the process group

@@ -19,7 +19,8 @@ import torch
 import xxhash
 
 from fedmpi.errors import FedmpiError
-from fedmpi.messages import HEADER_BYTES, Header, Kind, manifest_of
+from fedmpi.manifest import manifest_of
+from fedmpi.messages import HEADER_BYTES, Header, Kind
 from fedmpi.transports.link import Link, Outgoing, Traffic
 
 CHUNK_BYTES = 256

@@ -14,7 +14,8 @@ from types import SimpleNamespace, TracebackType
 import torch
 
 from fedmpi.errors import Aborted, LinkError, PeerLost, PeerSilent, ProtocolError
-from fedmpi.messages import Header, Kind, expect
+from fedmpi.federation.post import Post
+from fedmpi.messages import Header, Kind
 from fedmpi.transports.base import Message, Transport
 from fedmpi.transports.link import NUM_CHUNKS, Outgoing, Traffic
 
@@ -207,9 +208,9 @@ def disagreement(t: Transport) -> None:
         update(t, 7)
         return
     for peer in t.peers:
-        header = t.receive([peer], "disagreement").header
-        with raises(ProtocolError, match=f"rank {peer} sent round 7, expected 8"):
-            expect(header, peer=peer, kind=Kind.UPDATE, round=8)
+        message = t.receive([peer], "disagreement")
+        with raises(ProtocolError, match=f"rank {peer} sent UPDATE of round 7, expected UPDATE of round 8"):
+            Post(t).expected(message, Kind.UPDATE, 8)
 
 
 def stop(t: Transport) -> None:

@@ -12,7 +12,7 @@ from fedmpi.codecs import parse
 from fedmpi.errors import ProtocolError
 from fedmpi.federation import coding
 from fedmpi.federation.coding import Downlink, decode, encode, fingerprint
-from fedmpi.messages import manifest_of
+from fedmpi.manifest import manifest_of
 from fedmpi.round import Round, Verdict
 from fedmpi.tensors import Tensors, num_bytes
 from tests.lockstep.ranks import STOPS, adapter, recipe, run

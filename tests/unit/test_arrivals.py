@@ -13,7 +13,8 @@ from fedmpi.federation import Conductor, Federation, Outcome, Update
 from fedmpi.federation.arrivals import Arrivals, Tally
 from fedmpi.federation.post import Post
 from fedmpi.ledger import Ledger
-from fedmpi.messages import Header, Kind, Packed, manifest_of
+from fedmpi.manifest import Packed, manifest_of
+from fedmpi.messages import Header, Kind
 from fedmpi.round import Round, place
 from fedmpi.tensors import Tensors
 from fedmpi.transports import in_process

@@ -14,7 +14,7 @@ FLOORS = {
     4: "algorithms",
     3: "federation checkpoint emulation folder host progress recipe stop",
     2: "transports codecs training offsite evaluation",
-    1: "messages round world ledger meter aggregation models data",
+    1: "messages manifest round world ledger meter aggregation models data",
     0: "tensors seeding config command errors lazy",
 }
 FLOOR_OF = {house: floor for floor, houses in FLOORS.items() for house in houses.split()} | {"": 0}

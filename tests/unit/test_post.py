@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fedmpi.federation.post import Post
-from fedmpi.messages import Kind, Packed, manifest_of
+from fedmpi.manifest import Packed, manifest_of
+from fedmpi.messages import Kind
 from fedmpi.transports import in_process
 
 VALUES = {
