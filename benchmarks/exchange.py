@@ -20,7 +20,7 @@ import ranks
 import torch
 
 from fedmpi import transports
-from fedmpi.federation.lockstep import SERVER
+from fedmpi.round import SERVER
 from fedmpi.tensors import Tensors
 from fedmpi.transports.base import Transport
 from fedmpi.world import from_environment

@@ -23,7 +23,7 @@ from pathlib import Path
 import ranks
 import torch
 
-from fedmpi.federation.lockstep import SERVER
+from fedmpi.round import SERVER
 from fedmpi.tensors import num_bytes
 from fedmpi.transports import torch_dist
 from fedmpi.world import World

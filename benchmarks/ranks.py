@@ -18,10 +18,10 @@ import torch
 
 from fedmpi import aggregation
 from fedmpi.federation.conductor import Conductor
-from fedmpi.federation.lockstep import SERVER, Federation
+from fedmpi.federation.lockstep import Federation
 from fedmpi.federation.post import Post
 from fedmpi.federation.updates import Update
-from fedmpi.round import Round, place
+from fedmpi.round import SERVER, Round, place
 from fedmpi.tensors import Tensors
 from fedmpi.transports import in_process
 from fedmpi.transports.base import Transport

@@ -28,10 +28,11 @@ import transformers
 
 from fedmpi import aggregation, data, evaluation, models, training
 from fedmpi.algorithms import fedavg
+from fedmpi.base import Base
 from fedmpi.data.prompts import IGNORED, Example
 from fedmpi.federation.lockstep import Federation
 from fedmpi.federation.updates import Update
-from fedmpi.host import Base, Host
+from fedmpi.host import Host
 from fedmpi.models.logits import supervised_logits
 from fedmpi.recipe import Recipe
 from fedmpi.round import Round

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmpi import data, models, offsite
+from fedmpi.base import Base, Given
 from fedmpi.checkpoint import file_sha256, sync
 from fedmpi.data.corpora import declaration
 from fedmpi.errors import CheckpointError, ConfigError, DataError, ModelError
-from fedmpi.federation.lockstep import SERVER
-from fedmpi.host import Base, Given, Offsite
+from fedmpi.host import Offsite
 from fedmpi.models import skeleton
 from fedmpi.offsite.builders import NEEDS_TEXT
 from fedmpi.offsite.structure import reshape
 from fedmpi.recipe import Recipe
-from fedmpi.round import place
+from fedmpi.round import SERVER, place
 from fedmpi.seeding import seed_for
 from fedmpi.tensors import num_bytes
 

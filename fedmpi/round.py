@@ -11,6 +11,8 @@ import numpy as np
 from fedmpi.errors import ConfigError, ProtocolError, WorldError
 from fedmpi.seeding import seed_for
 
+SERVER = 0  # the rank that serves
+
 
 class Verdict(IntEnum):
     """What the server says of the round before."""

@@ -151,7 +151,8 @@ class Program:
 
     def _host(self, path: Path) -> "Host":
         from fedmpi import data, emulation
-        from fedmpi.host import Base, Host, pick_device
+        from fedmpi.base import Base
+        from fedmpi.host import Host, pick_device
 
         wanted = self.recipe
         device = pick_device(wanted.device, self.world.local_rank)

@@ -13,13 +13,13 @@ from typing import Any
 from fedmpi import aggregation, checkpoint, config
 from fedmpi.errors import ConfigError
 from fedmpi.federation.conductor import Conductor
-from fedmpi.federation.lockstep import SERVER, Federation
+from fedmpi.federation.lockstep import Federation
 from fedmpi.federation.post import Post
 from fedmpi.folder import RunFolder
 from fedmpi.host import Host
 from fedmpi.keeper import Keeper, restored
 from fedmpi.recipe import Recipe
-from fedmpi.round import End, cohort_size, fixed_cohort, place
+from fedmpi.round import SERVER, End, cohort_size, fixed_cohort, place
 from fedmpi.stop import Stop
 from fedmpi.tensors import Tensors, num_bytes, part
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedmpi.errors import QuorumLost
 from fedmpi.federation.conductor import Conductor
-from fedmpi.federation.lockstep import SERVER, Federation
+from fedmpi.federation.lockstep import Federation
 from fedmpi.federation.updates import Update
-from fedmpi.round import End, place
+from fedmpi.round import SERVER, End, place
 from fedmpi.session import LEAST_LIMIT_BYTES
 
 if TYPE_CHECKING:

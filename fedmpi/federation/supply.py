@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from fedmpi.errors import ProtocolError, WorldError
-from fedmpi.federation.lockstep import SERVER
 from fedmpi.federation.post import Post
 from fedmpi.messages import Kind
+from fedmpi.round import SERVER
 from fedmpi.tensors import num_bytes
 
 FILES = frozenset(

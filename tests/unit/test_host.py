@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from fedmpi import data, evaluation, models, training
+from fedmpi.base import Base
 from fedmpi.errors import ConfigError
-from fedmpi.host import Base, Host
+from fedmpi.host import Host
 
 
 @pytest.fixture(scope="module")
