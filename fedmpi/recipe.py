@@ -1,4 +1,4 @@
-"""A recipe: everything a user can set for a run, composed from the houses' own settings, checked as far as it needs no model."""
+"""A recipe: everything a user can set for a run, composed from the houses' own settings. `accord` says what goes together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -8,19 +8,17 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, Literal
 
-from fedmpi import codecs, config
-from fedmpi.aggregation import FOLDING, Optimizer, ServerConfig
+from fedmpi import accord, codecs, config
 from fedmpi.aggregation import Config as AggregationConfig
+from fedmpi.aggregation import Optimizer, ServerConfig
 from fedmpi.data import Config as DataConfig
 from fedmpi.errors import ConfigError
 from fedmpi.evaluation import Config as EvalConfig
 from fedmpi.models import Config as ModelConfig
 from fedmpi.models import PeftConfig
 from fedmpi.offsite import Config as OffsiteConfig
-from fedmpi.offsite import Scheme
 from fedmpi.training import Config as TrainConfig
 
-_WEEK_S = 604_800  # what is beyond it is a slip, and an infinite wait no deadline
 EXPORTS = ("Config", "Server", "Client", "build_server", "build_client", "run_round")
 _NOT_THE_EXPERIMENT = (
     "run_dir",
@@ -106,96 +104,18 @@ class Recipe:
     offsite: OffsiteConfig = field(default_factory=OffsiteConfig)
 
     def __post_init__(self) -> None:
-        at_least = {
-            "rounds": 1,
-            "min_clients": 1,
-            "threads": 1,
-            "checkpoint_every": 1,
-            "keep": 1,
-            "ranks_per_client": 1,
-        }
-        for key, least in at_least.items() | {"early_stop": 0, "eval_every": 0, "seed": 0}.items():
-            if getattr(self, key) is None or getattr(self, key) < least:
-                raise ConfigError(f"{key} {getattr(self, key)}: at least {least} is needed")
-        if self.clients is not None and self.clients < 1:
-            raise ConfigError(f"clients {self.clients}: at least 1 is needed")
-        grouped = bool(self.groups) or self.ranks_per_client > 1
-        if grouped and self.train.engine == "plain":
-            raise ConfigError(
-                "ranks_per_client and groups make clients of several ranks, train.engine plain uses one: give train.engine ddp"
-            )
-        if not grouped and self.train.engine != "plain":
-            raise ConfigError(f"train.engine {self.train.engine} is for groups of ranks: give ranks_per_client or groups as well")
+        """Texts become tuples; what cannot go together is refused."""
         if isinstance(self.groups, str):
             object.__setattr__(self, "groups", _whole_numbers("groups", self.groups))
         if self.clients_per_round is not None:
             object.__setattr__(self, "clients_per_round", str(self.clients_per_round))
-            if self.sampling == "all" or self.sampling.startswith("fixed:"):
-                raise ConfigError(
-                    f"sampling {self.sampling} names the cohort: leave clients_per_round {self.clients_per_round} out"
-                )
-        self.chain("up"), self.chain("down")
-        if self.early_stop and not self.eval_every:
-            raise ConfigError(f"early_stop {self.early_stop} needs evaluations: give eval_every 1 or more")
-        if self.scenario != "fed" and grouped:
-            raise ConfigError(f"scenario {self.scenario} runs each client on one rank: leave ranks_per_client and groups out")
-        if self.scenario in ("global", "all") and self.data.splitter == "given":
-            raise ConfigError(
-                f"scenario {self.scenario} puts all rows in one place, data.splitter given leaves them where they are: "
-                "give scenario fed or local"
-            )
-        if self.link_mbps is not None and not self.link_mbps > 0:
-            raise ConfigError(f"link_mbps {self.link_mbps}: give a speed above 0")
-        if not 0 < self.timeout_s <= _WEEK_S:
-            raise ConfigError(f"timeout_s {self.timeout_s}: give seconds above 0, at most {_WEEK_S} (a week)")
-        if self.sampling not in ("all", "uniform", "weighted") and not self.sampling.startswith("fixed:"):
-            raise ConfigError(f"sampling {self.sampling!r}: allowed are all, uniform, weighted, fixed:0,3,5")
+        for rule in accord.RULES:
+            rule(self)
 
-        if self.train.checkpointing and self.peft.method == "prefix":
-            raise ConfigError(
-                "train.checkpointing computes layers again without the cache, in which peft.method prefix lives: leave it out, or "
-                "take another method"
-            )
-        if self.model.quantization != "none":
-            self._can_be_quantized()
-        self._can_be_aggregated()
-
-    def _can_be_quantized(self) -> None:
-        """Numbers of four or eight bits are neither trained, nor added to, nor shared out among ranks."""
-        given = f"model.quantization {self.model.quantization}"
-        if self.peft.method == "none":
-            raise ConfigError(f"{given} freezes the base, peft.method none trains it: give an adapter, or quantization none")
-        if self.aggregation.rule in FOLDING:
-            raise ConfigError(
-                f"{given}: aggregation.rule {self.aggregation.rule} adds to the base, which cannot be: give another rule"
-            )
-        if self.train.engine == "deepspeed" and self.train.zero_stage == 3:
-            raise ConfigError(f"{given}: train.zero_stage 3 shares out the base, which cannot be: give 1 or 2")
-
-    def _can_be_aggregated(self) -> None:
-        """Rules that do not go with a method, a model or each other."""
-        rule, robust, optimizer = self.aggregation.rule, self.aggregation.robust, self.server_optimizer
-        if rule != "mean" and self.peft.method != "lora":
-            raise ConfigError(
-                f"aggregation.rule {rule} is about LoRA's factors, peft.method is {self.peft.method}: give lora, or rule mean"
-            )
-        if rule in (*FOLDING, "flexlora") and self.peft.dora:
-            raise ConfigError(
-                f"aggregation.rule {rule} averages products B A; with peft.dora they are not what is added to a weight"
-            )
-        if robust != "none" and self.weights != "equal":
-            raise ConfigError(
-                f"aggregation.robust {robust} counts every update as one, weights is {self.weights}: give weights equal"
-            )
-        if robust != "none" and self.peft.client_ranks:
-            raise ConfigError(f"aggregation.robust {robust} compares updates of one shape: leave peft.client_ranks out")
-        if optimizer != "none" and rule in (*FOLDING, "flexlora"):
-            raise ConfigError(
-                f"server_optimizer {optimizer} steps along the adapter's own tensors, aggregation.rule {rule} makes others: "
-                "give rule mean, ffa or rolora"
-            )
-        if optimizer == "none" and self.server != ServerConfig():
-            raise ConfigError("server.* are settings of the server's optimiser: give server_optimizer avgm, adam, yogi or adagrad")
+    @property
+    def clustered(self) -> bool:
+        """Whether a client may have several ranks."""
+        return bool(self.groups) or self.ranks_per_client > 1
 
     def chain(self, way: str) -> codecs.Chain:
         """How tensors are coded on their way up or down."""
@@ -233,33 +153,10 @@ def read(arguments: Sequence[str], program: str, about: str) -> tuple[Recipe, An
     namespace = config.parse(Recipe, arguments, program, about, {group: module.Config} if has_settings else {})
     given: dict[str, Any] = {key: getattr(namespace, key) for key in Recipe.__dataclass_fields__}
     wanted = Recipe(**given)
-    _fits(wanted, getattr(module, "SCHEME", None))
+    accord.with_offsite(wanted, getattr(module, "SCHEME", None))
     if hasattr(module, "require"):
         module.require(wanted)
     return wanted, getattr(namespace, group) if has_settings else module.Config()
-
-
-def _fits(wanted: Recipe, scheme: Scheme | None) -> None:
-    """What offsite tuning asks of the rest, and what nothing else would read."""
-    if scheme is None:
-        if wanted.offsite != OffsiteConfig():
-            raise ConfigError(f"offsite settings are given, but algorithm {wanted.algorithm} has none: give fedot or fedbiot")
-        return
-    methods = ("lora",) if scheme.tunes_emulator else ("lora", "none")
-    if wanted.peft.method not in methods:
-        raise ConfigError(
-            f"peft.method {wanted.peft.method}: algorithm {wanted.algorithm} trains layers, with {' or '.join(methods)}"
-        )
-    if wanted.aggregation.rule != "mean" or wanted.peft.client_ranks:
-        raise ConfigError(
-            f"algorithm {wanted.algorithm} takes the mean of adapters of one rank: leave aggregation.rule "
-            f"{wanted.aggregation.rule} and peft.client_ranks {wanted.peft.client_ranks} out"
-        )
-    if scheme.tunes_emulator and wanted.scenario != "fed":
-        raise ConfigError(
-            f"scenario {wanted.scenario}: {wanted.algorithm} aligns the emulator on the server in every round, so nobody can train "
-            "alone with it: give scenario fed, or algorithm fedot"
-        )
 
 
 def _spelt_out(argument: str) -> str:
