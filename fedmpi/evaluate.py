@@ -53,7 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--task", default="auto", help=f"{TASKS}; auto: what the run's data set is scored with (gsm8k, helm, ...), else perplexity")
     add("--data", help="the task's file or folder")
     add("--rows", type=int, help="so many rows at most, drawn with the seed")
-    add("--shots", help="gsm8k: a file of worked examples, Q: and A:")
+    add(
+        "--shots",
+        help="gsm8k: a file of worked examples, Q: and A:; helm: their number (default 5, ranking 4), drawn with the seed",
+    )
     add(
         "--which",
         choices=("full", "emu"),

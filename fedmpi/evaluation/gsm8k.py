@@ -15,6 +15,7 @@ from fedmpi.data.prompts import render, template_hash
 from fedmpi.errors import ConfigError, DataError
 from fedmpi.evaluation.decoding import Decoding, Speaker
 from fedmpi.evaluation.heldout import shares
+from fedmpi.evaluation.shots import fitting
 from fedmpi.evaluation.task import Record, prompt_hash
 
 GOLD = "####"
@@ -72,23 +73,12 @@ class Gsm8k:
     def ask(self, speaker: Speaker, chosen: Sequence[int]) -> list[Record]:
         """Answers, each after as many whole shots as its model can read."""
         rows = [self.rows[index] for index in chosen]
-        kept = self._fitting(speaker, rows)
+        wanted, room = [len(self.shots)] * len(rows), speaker.context - self.decoding.max_new_tokens
+        found = fitting(speaker, wanted, [room] * len(rows), lambda index, num: [self.prompt(rows[index], num)])
+        kept = [max(0, num) for num in found]  # a question that does not fit by itself loses its left end
         prompts = [self.prompt(row, num) for row, num in zip(rows, kept, strict=True)]
         said = speaker.say(prompts, self.decoding, [row.id for row in rows])
         return [_record(row, num, text) for row, num, text in zip(rows, kept, said, strict=True)]
-
-    def _fitting(self, speaker: Speaker, rows: Sequence[Row]) -> list[int]:
-        """The most shots that leave room for the answer, for each question."""
-        room, kept, open_rows = speaker.context - self.decoding.max_new_tokens, [0] * len(rows), list(range(len(rows)))
-        for num in range(len(self.shots), 0, -1):
-            lengths = speaker.lengths([self.prompt(rows[index], num) for index in open_rows])
-            fit = [index for index, length in zip(open_rows, lengths, strict=True) if length <= room]
-            for index in fit:
-                kept[index] = num
-            open_rows = [index for index in open_rows if index not in set(fit)]
-            if not open_rows:
-                break
-        return kept
 
     def score(self, records: Sequence[Record]) -> Mapping[str, Any]:
         """Accuracy, and how many shots were left out."""
@@ -148,13 +138,13 @@ def read_shots(path: str) -> list[Shot]:
 
 
 def build(
-    rows: Sequence[Row], shots: str | None, form: str | None, template: str, decoding: Decoding, tokenizer: Any = None
+    rows: Sequence[Row], examples: str | None, form: str | None, template: str, decoding: Decoding, tokenizer: Any = None
 ) -> Gsm8k:
     """The task as asked for; with shots the form of the literature, without them the form of training."""
-    form = form or (BARE if shots else TRAINING)
+    form = form or (BARE if examples else TRAINING)
     if form not in STOPS:
         raise ConfigError(f"--form {form!r} is not known; there are {', '.join(STOPS)}")
     asked = Decoding(**{**decoding.facts(), "stop": STOPS[form]})
     for row in rows:
         gold(row.output, row.id)
-    return Gsm8k(rows, read_shots(shots) if shots else [], form, template, asked, tokenizer)
+    return Gsm8k(rows, read_shots(examples) if examples else [], form, template, asked, tokenizer)

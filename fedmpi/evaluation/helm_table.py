@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedmpi.data.records import Record as FileRecord
@@ -20,11 +20,22 @@ class Question:
     golds: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     relevant: tuple[float, ...] = ()
+    head: str = ""  # what stands before the worked examples
+    group: str = ""  # worked examples are of the same group
+
+    def worked(self) -> list[tuple[str, str]]:
+        """The question as worked examples, each a prompt and its answer: one, or one for each passage that is ranked."""
+        if self.relevant:
+            return [(prompt, "Yes" if gain > 0 else "No") for prompt, gain in zip(self.prompts, self.relevant, strict=True)]
+        return [(self.prompts[0], self.golds[0])]
 
 
 @dataclass(frozen=True)
 class Subtask:
-    """A row of the table. `answer_metric` is FedBiOT's, of a generated answer, for its eight question-answering tasks."""
+    """A row of the table. `answer_metric` is FedBiOT's, of a generated answer, for its eight question-answering tasks.
+
+    Worked examples are of the file NAME_train.jsonl or of those named in `train`, else of the rows that are not asked.
+    """
 
     metric: str  # accuracy, f1, rouge2, rr@10, ndcg@10
     files: tuple[str, ...]
@@ -32,6 +43,8 @@ class Subtask:
     ask: Callable[[Mapping[str, Any]], Question]
     answer_metric: str = ""
     max_new_tokens: int = 5
+    train: tuple[str, ...] = ()
+    shots: int = 5  # worked examples, as many as HELM gives
 
 
 def _options(question: str, options: list[str], right: int) -> Question:
@@ -41,10 +54,14 @@ def _options(question: str, options: list[str], right: int) -> Question:
 
 
 def _mmlu(row: Mapping[str, Any]) -> Question:
-    return _options(row["question"], list(row["choices"]), int(row["answer"]))
+    about = str(row["subject"]).replace("_", " ")
+    head = f"The following are multiple choice questions (with answers) about {about}."
+    return replace(_options(row["question"], list(row["choices"]), int(row["answer"])), head=head, group=about)
 
 
 def _openbookqa(row: Mapping[str, Any]) -> Question:
+    if "query" in row:
+        return _joint({**row, "query": str(row["query"]).replace("\n ", "\n")})
     if "question_stem" in row:
         labels = list(row["choices"]["label"])
         return _options(row["question_stem"], list(row["choices"]["text"]), labels.index(row["answerKey"]))
@@ -82,7 +99,7 @@ def _toxic(row: Mapping[str, Any]) -> Question:
 
 
 def _raft(row: Mapping[str, Any]) -> Question:
-    return Question((f"{row['text']}\nLabel:",), (row["label"],), tuple(row["labels"]))
+    return Question((f"{row['text']}\nLabel:",), (row["label"],), tuple(row["labels"]), group=" | ".join(row["labels"]))
 
 
 def _closed(row: Mapping[str, Any]) -> Question:
@@ -118,7 +135,9 @@ def _golds(answer: Any) -> tuple[str, ...]:
 
 PASSAGES = "query, passages (a list of objects with text and relevance)"
 SUBTASKS: Mapping[str, Subtask] = {
-    "mmlu": Subtask("accuracy", ("mmlu_test.jsonl",), "question, choices, answer", _mmlu, "exact_match"),
+    "mmlu": Subtask(
+        "accuracy", ("mmlu_test.jsonl",), "question, subject, choices, answer", _mmlu, "exact_match", train=("mmlu_dev.jsonl",)
+    ),
     "boolq": Subtask("accuracy", ("boolq_validation.jsonl",), "question, passage, answer", _boolq, "quasi_exact_match"),
     "narrative_qa": Subtask(
         "f1", ("narrativeqa_test.jsonl", "narrativeqa_test-tiny.jsonl"), "question, passage, answer", _open, "f1", 100
@@ -133,13 +152,14 @@ SUBTASKS: Mapping[str, Subtask] = {
         "question, options, answer",
         _openbookqa,
         "exact_match",
+        train=("openbookqa_train_mc_5shot_docs.jsonl",),
     ),
     "truthful_qa": Subtask("accuracy", ("TruthfulQA.csv",), "Question, Best Answer, Incorrect Answers", _truthful),
-    "msmarco_regular": Subtask("rr@10", ("msmarco_regular.jsonl",), PASSAGES, _ranked),
-    "msmarco_trec": Subtask("ndcg@10", ("msmarco_trec.jsonl",), PASSAGES, _ranked),
+    "msmarco_regular": Subtask("rr@10", ("msmarco_regular.jsonl",), PASSAGES, _ranked, shots=4),
+    "msmarco_trec": Subtask("ndcg@10", ("msmarco_trec.jsonl",), PASSAGES, _ranked, shots=4),
     "cnn_dailymail": Subtask("rouge2", ("cnn_dailymail.jsonl",), "article, highlights", _summary("article", "highlights"), "", 128),
     "xsum": Subtask("rouge2", ("xsum.jsonl",), "document, summary", _summary("document", "summary"), "", 64),
-    "imdb": Subtask("accuracy", ("imdb_test.jsonl", "imdb_test_500.jsonl"), "text, label", _imdb),
+    "imdb": Subtask("accuracy", ("imdb_test.jsonl", "imdb_test_500.jsonl"), "text, label", _imdb, train=("imdb_train_500.jsonl",)),
     "civil_comments": Subtask("accuracy", ("civil_comments.jsonl",), "text, toxicity", _toxic),
     "raft": Subtask("accuracy", ("raft.jsonl",), "text, label, labels", _raft),
 }

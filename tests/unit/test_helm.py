@@ -7,10 +7,12 @@ import pytest
 from evaluation_data import Oracle, shared
 
 from fedmpi import evaluate
+from fedmpi.data import files
 from fedmpi.errors import ConfigError, DataError
 from fedmpi.evaluation import helm
 from fedmpi.evaluation.decoding import Measure
 from fedmpi.evaluation.helm_table import SUBTASKS, SUITES
+from fedmpi.evaluation.shots import choose
 from fedmpi.evaluation.task import Options
 
 FIXTURES = {
@@ -118,6 +120,60 @@ def test_a_subtask_without_data_says_what_it_needs(folder, tmp_path):
         helm.build(Options("helm-mini:quac", data=str(folder)), "helm-mini", "quac")
 
 
+def test_worked_examples_are_one_of_each_answer_in_turn():
+    labels = ["A"] * 6 + ["B"] * 3 + ["C"]
+    chosen = choose(labels, 5, 0, "x")
+    assert [labels[index] for index in chosen] == ["A", "B", "C", "A", "B"] and len(set(chosen)) == 5
+    assert choose(labels, 5, 0, "x") == chosen != choose(labels, 5, 1, "x") and sorted(choose(labels, 99, 0, "x")) == [*range(10)]
+
+
+def imdb(folder, train: int | None = None, **options) -> helm.Helm:
+    """IMDB with six reviews to ask, and perhaps a file of others."""
+    write = lambda name, rows: (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))  # noqa: E731
+    write("imdb_test.jsonl", [{"text": f"film {n}", "label": "neg"} for n in range(6)])
+    if train is not None:
+        write("imdb_train.jsonl", [{"text": f"old {n}", "label": ("pos", "neg")[n % 2]} for n in range(train)])
+    return helm.build(Options("helm:imdb", data=str(folder), **options), "helm", "imdb")
+
+
+def test_worked_examples_are_of_the_training_file_and_the_same_for_all(tmp_path):
+    task = imdb(tmp_path, train=9)
+    prompts = [item.prompts() for item in task.items]
+    parts = [prompt.split("\n\n") for (prompt,) in prompts]
+    assert all(part[:5] == parts[0][:5] for part in parts) and parts[0][5] == "Passage: film 0\nSentiment:"
+    answers = [part.rpartition(" ")[2] for part in parts[0][:5]]
+    assert answers == ["Positive", "Negative", "Positive", "Negative", "Positive"] and "Passage: old" in parts[0][0]
+    assert task.facts()["shots"] == {"imdb": 5} and task.facts()["shots_from"] == {"imdb": "imdb_train.jsonl"}
+    assert imdb(tmp_path, seed=1).items[0].prompts() != prompts[0] == imdb(tmp_path).items[0].prompts()
+    assert imdb(tmp_path, shots="0").items[0].prompts() == ["Passage: film 0\nSentiment:"]
+    with pytest.raises(ConfigError, match="--shots is 'cot.txt': --task helm:imdb draws its examples itself, give their number"):
+        imdb(tmp_path, shots="cot.txt")
+
+
+def test_without_a_training_file_no_row_is_both_asked_and_shown(tmp_path):
+    task = imdb(tmp_path, rows=2)
+    asked, shown = ({item.id.partition("/")[2] for item in task.items}, task.items[0].shots)
+    assert len(asked) == 2 and len(shown) == 4 and not any(f"film {number}\n" in shot for number in asked for shot in shown)
+    assert task.facts()["shots_from"] == {"imdb": "rows that are not asked"}
+    assert imdb(tmp_path).facts()["shots"] == {"imdb": 0}, "all are asked"
+
+
+def test_worked_examples_that_do_not_fit_are_dropped_whole_and_counted(tmp_path):
+    task = imdb(tmp_path, train=9)
+    room = len(task.items[0].prompts(3)[0]) + SUBTASKS["imdb"].max_new_tokens
+    found = evaluate.Result(tmp_path / "out", "helm", {}, task).make(Knowing(task, context=room), 4)
+    assert {record["shots"] for record in found["records"]} == {3} and found["score"] == 1.0
+    assert found["shots_dropped"] == found["subtasks"]["imdb"]["shots_dropped"] == 6 * 2
+
+
+def test_ranking_shows_relevant_and_other_passages(folder):
+    passages = [{"text": f"old {n}", "relevance": n % 2} for n in range(6)]
+    (folder / "msmarco_trec_train.jsonl").write_text(json.dumps({"query": "why", "passages": passages}) + "\n")
+    item = helm.build(Options("helm:msmarco_trec", data=str(folder)), "helm", "msmarco_trec").items[0]
+    assert [shot.rpartition(" ")[2] for shot in item.shots] in (["Yes", "No"] * 2, ["No", "Yes"] * 2)
+    assert len(item.prompts()) == 12 and all(prompt.startswith(item.shots[0]) for prompt in item.prompts())
+
+
 def test_a_record_of_another_kind_is_told_by_its_line(folder):
     (folder / "xsum.jsonl").write_text('{"document": "a", "summary": "b"}\n{"document": "a"}\n')
     with pytest.raises(DataError, match="xsum.jsonl line 2 is no question of xsum.*expected document, summary"):
@@ -137,8 +193,15 @@ def test_real_files_are_drawn_with_a_seed(tmp_path):
     ready = {name for name, ids in asked.items() if ids}
     assert {"mmlu", "boolq", "quac", "hellaswag", "openbookqa", "truthful_qa", "imdb", "natural_qa_closed"} <= ready
     assert len(asked["mmlu"]) == 100 and len(asked["narrative_qa"]) == 50 and set(task.left_out) == set(SUBTASKS) - ready
-    assert [item.id for item in helm.build(Options("helm", data=str(folder)), "helm", "").items] == list(task.ids)
-    other = helm.build(Options("helm:mmlu", data=str(folder), seed=1), "helm", "mmlu")
-    assert len(other.ids) == 100 and set(other.ids) != set(asked["mmlu"])
+    again, other = (helm.build(Options("helm:imdb", data=str(folder), seed=seed), "helm", "imdb") for seed in (0, 1))
+    assert list(again.ids) == asked["imdb"] != list(other.ids) and len(other.ids) == 100
+    shots = task.facts()["shots"]
+    assert {name for name in shots if shots[name] != 5} == {"narrative_qa"}, "all of its 50 rows are asked"
+    dev, source = files.read(folder / "mmlu_dev.jsonl.gz")[0], task.shots_from["mmlu"]
+    mmlu = next(item for item in task.items if item.subtask == "mmlu")
+    same = [row.values["question"].strip() for row in dev if row.values["subject"].replace("_", " ") == mmlu.question.group]
+    assert (
+        source == "mmlu_dev.jsonl.gz" and len(same) == 5 and all(any(question in shot for shot in mmlu.shots) for question in same)
+    )
     found = evaluate.Result(tmp_path, "helm", {}, task).make(Knowing(task), 10**6)
     assert found["score"] == 1.0 and found["num_subtasks"] == len(ready)
