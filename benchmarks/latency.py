@@ -53,8 +53,9 @@ def measure(asked: argparse.Namespace, transport: Transport, folder: Path) -> No
 def commit(run: RunFolder, index: int, held: Tensors) -> None:
     """What a run does after a round: state first, then the line that tells of it."""
     run.pending.append({"round": index, "train_loss": 0.0})
-    run.checkpoints.commit(index, held, {"lines": run.pending}, {})
-    run.publish()
+    lines = run.take()
+    run.checkpoints.commit(index, held, {"lines": lines}, {})
+    run.publish(lines)
 
 
 def report(asked: argparse.Namespace, seconds: dict[bool, list[float]]) -> None:

@@ -64,7 +64,20 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             os.rename(beside, final)
             sync(self.folder)
-        self._drop_old(owned)
+        for old in self._rounds()[: -self.keep]:
+            shutil.rmtree(self.folder / f"{_PREFIX}{old:06d}", ignore_errors=True)
+
+    def forget(self, owned: Mapping[int, str]) -> None:
+        """Remove clients' own state that neither a checkpoint nor `owned` names. While clients train, their newest has no name yet:
+        this is for the time between rounds."""
+        named = set(owned.values())
+        for kept in self._rounds():
+            path = self.folder / f"{_PREFIX}{kept:06d}" / "manifest.json"
+            with suppress(OSError, ValueError, KeyError, TypeError):  # one that is broken keeps no files alive
+                named.update(json.loads(path.read_text(encoding="utf-8"))["owned"].values())
+        for path in (self.folder / "clients").glob("*.safetensors"):
+            if path.stem.rpartition("-")[2] not in {sha[:16] for sha in named}:
+                path.unlink(missing_ok=True)
 
     def latest(self) -> Committed | None:
         """The newest checkpoint, checked; None in a folder without any. What is broken or foreign is named, never half-loaded."""
@@ -94,20 +107,6 @@ class Checkpoints:
             )
         owned = {int(client): sha for client, sha in stated["owned"].items()}
         return Committed(int(stated["round"]), load_file(state), stated["record"], owned)
-
-    def _drop_old(self, owned: Mapping[int, str]) -> None:
-        """Keep the last few, and of the clients' state what they name."""
-        rounds = self._rounds()
-        for old in rounds[: -self.keep]:
-            shutil.rmtree(self.folder / f"{_PREFIX}{old:06d}", ignore_errors=True)
-        named = set(owned.values())
-        for kept in rounds[-self.keep : -1]:
-            path = self.folder / f"{_PREFIX}{kept:06d}" / "manifest.json"
-            with suppress(OSError, ValueError, KeyError, TypeError):  # an older one that is broken keeps no files alive
-                named.update(json.loads(path.read_text(encoding="utf-8"))["owned"].values())
-        for path in (self.folder / "clients").glob("*.safetensors"):
-            if path.stem.rpartition("-")[2] not in {sha[:16] for sha in named}:
-                path.unlink(missing_ok=True)
 
 
 _ADVICE = "remove that folder to continue from the one before it"

@@ -130,12 +130,16 @@ class RunFolder:
         """The lines of metrics.jsonl."""
         return list(read_metrics(self.path))
 
-    def publish(self) -> None:
-        """The pending lines are committed: write them out."""
+    def take(self) -> list[dict[str, Any]]:
+        """The pending lines, for who makes them durable."""
+        lines, self.pending = self.pending, []
+        return lines
+
+    def publish(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """These lines are committed: write them out."""
         path = self.path / "metrics.jsonl"
         with writing(str(path), "make room and start the run again"), path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self.pending)
-        self.pending = []
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def finished(self, committed: Committed | None) -> dict[str, Any] | None:
         """The summary of a finished run; None where its end is still to come, or to be made again."""

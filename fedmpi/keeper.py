@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 from fedmpi import aggregation, checkpoint, evaluation
+from fedmpi.commits import Commits
 from fedmpi.errors import QuorumLost
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import Federation
@@ -42,6 +44,9 @@ class Keeper:
     owned: dict[int, str]  # which state of each client counts, by digest
     history: dict[str, Any] = field(default_factory=lambda: dict(_NEW))
 
+    def __post_init__(self) -> None:
+        self.commits = Commits(self.folder, partial(setattr, self.fed.conductor, "durable"))
+
     def rounds(self, server: Any, parties: Mapping[int, Any], record: Mapping[str, Any] | None) -> Any:
         """The loop that every algorithm shares."""
         conductor = self.fed.conductor
@@ -59,16 +64,17 @@ class Keeper:
         elif self.stop.wanted():
             conductor.end = End.SIGNAL
         try:
-            for rnd in self.fed.rounds():
-                began = time.monotonic()
-                try:
-                    after = self.algorithm.run_round(self.fed, rnd, server, parties)
-                    conductor.largest = aggregation.largest(after.adapter)
-                except QuorumLost as lost:
-                    self._lost(rnd, server, str(lost))
-                    continue
-                server = after
-                self._after_round(rnd, server, began, progress)
+            with self.commits:
+                for rnd in self.fed.rounds():
+                    began = time.monotonic()
+                    try:
+                        after = self.algorithm.run_round(self.fed, rnd, server, parties)
+                        conductor.largest = aggregation.largest(after.adapter)
+                    except QuorumLost as lost:
+                        self._lost(rnd, server, str(lost))
+                        continue
+                    server = after
+                    self._after_round(rnd, server, began, progress)
         finally:
             progress.close()
         return server
@@ -80,10 +86,14 @@ class Keeper:
         self._line({"round": rnd.index, "event": "quorum_lost", "message": why, "attempt": rnd.attempt})
         print(f"fedmpi: {why}", file=sys.stderr, flush=True)
         self._heed_signals(conductor)
-        if conductor.end and rnd.index - 1 > conductor.durable:
+        if not conductor.end:
+            return self.commits.check()
+        self.commits.wait()
+        if rnd.index - 1 > conductor.durable:
             self._commit(rnd.index - 1, server)
-        elif conductor.end:
-            self.folder.publish()
+            self.commits.wait()
+        else:
+            self.folder.publish(self.folder.take())
 
     def _after_round(self, rnd: Round, server: Any, began: float, progress: Progress) -> None:
         conductor = self.fed.conductor
@@ -98,8 +108,11 @@ class Keeper:
         self._line(line)
         self.owned.update(self.fed.outcome.owned)
         self._decide(conductor, line)
+        self.commits.check()
         if last or conductor.end or (rnd.index + 1) % self.recipe.checkpoint_every == 0:
             self._commit(rnd.index, server)
+        if last or conductor.end:  # nobody hears that the run is over before all of it is on disk
+            self.commits.wait()
         progress.round(line)
 
     def _decide(self, conductor: Conductor, line: Mapping[str, Any]) -> None:
@@ -176,14 +189,11 @@ class Keeper:
         self.folder.pending.append(line)
 
     def _commit(self, round_index: int, server: Any) -> None:
-        """State first, then the metrics lines: a line that is there tells of a round that cannot be lost."""
-        record = {"lines": self.folder.pending, "history": self.history, "totals": dict(self.fed.ledger.totals)}
+        """The state of now. Its tensors are handed over, not copied: states are replaced, never mutated."""
         state = saved(server) | prefixed("base/", self.host.base.folds.saved())
         state |= prefixed("downlink/", self.fed.downlink.saved(round_index))
-        self.folder.checkpoints.commit(round_index, state, record, self.owned)
-        self.folder.publish()
-        assert self.fed.conductor is not None
-        self.fed.conductor.durable = round_index
+        record = {"history": dict(self.history), "totals": dict(self.fed.ledger.totals)}
+        self.commits.begin(round_index, state, record, dict(self.owned))
 
     def finish(self, server: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
         """The results of a run that came to its end."""

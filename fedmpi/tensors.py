@@ -2,7 +2,6 @@
 
 import hashlib
 import mmap
-import os
 import sys
 import threading
 import time
@@ -88,10 +87,10 @@ def same_names(left: Mapping[str, object], right: Mapping[str, object]) -> None:
 
 def save_file(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """A safetensors file with the mode that any other new file gets (safetensors makes it readable by its owner alone)."""
+    path.touch()  # to ask for the umask would be to change it, under the other threads' feet
+    mode = path.stat().st_mode
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod(mode)
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:

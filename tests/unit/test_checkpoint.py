@@ -94,6 +94,7 @@ def test_client_states_live_as_long_as_a_checkpoint_names_them(tmp_path: Path) -
     shas = []
     for index in range(4):
         shas.append(vault.put(0, {"x": torch.full((1,), float(index))}))
+        checkpoints.forget({0: shas[-1]})
         checkpoints.commit(index, TENSORS, {}, {0: shas[-1]})
     for sha in shas[-2:]:
         vault.get(0, sha)
@@ -129,8 +130,9 @@ def test_metrics_follow_the_checkpoint(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     folder.claim("auto", {})
     folder.pending = [{"round": 0, "x": 1}]
-    folder.checkpoints.commit(0, TENSORS, {"lines": folder.pending}, {})
-    folder.publish()
+    lines = folder.take()
+    folder.checkpoints.commit(0, TENSORS, {"lines": lines}, {})
+    folder.publish(lines)
     folder.checkpoints.commit(1, TENSORS, {"lines": [{"round": 1, "x": 2}]}, {})  # and here the power went
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"round": 2}) + '\n{"round": 3, "cut')

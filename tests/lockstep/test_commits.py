@@ -1,0 +1,100 @@
+"""Training goes on while a round is written, by no more than it may, and what is being written stays as it was handed over."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmpi.commits import Commits
+from fedmpi.errors import CheckpointError
+from fedmpi.federation.lockstep import Federation
+from fedmpi.folder import RunFolder
+from fedmpi.recipe import algorithm, known_algorithms
+from fedmpi.tensors import digest
+from tests.lockstep.ranks import adapter, recipe, run
+
+
+class Held:
+    """Holds every write back until training has come to wait for it, and looks at what is written then."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.awaited, self.written, self.told = threading.Event(), {}, {}
+        begin, wait, write, rounds = Commits.begin, Commits.wait, Commits._write, Federation.rounds
+        given: dict[int, str] = {}
+
+        def begins(commits: Commits, index: int, state: Any, *rest: Any) -> None:
+            given[index] = digest(state)
+            begin(commits, index, state, *rest)
+
+        def waits(commits: Commits) -> None:
+            self.awaited.set()
+            wait(commits)
+            self.awaited.clear()
+
+        def writes(commits: Commits, index: int, state: Any, *rest: Any) -> None:
+            assert self.awaited.wait(60)
+            self.written[index] = digest(state) == given[index]
+            write(commits, index, state, *rest)
+
+        def announced(fed: Federation) -> Iterator[Any]:
+            for rnd in rounds(fed):
+                self.told[rnd.index] = rnd.durable
+                yield rnd
+            self.told[fed._now.index] = fed._now.durable
+
+        for owner, name, held in (Commits, "begin", begins), (Commits, "wait", waits), (Commits, "_write", writes):
+            monkeypatch.setattr(owner, name, held)
+        monkeypatch.setattr(Federation, "rounds", announced)
+
+
+KINDS = [*known_algorithms(), "fedavg --codec=delta,int8,ef", "fedavg --aggregation.rule=flora"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_is_being_written_is_not_touched(
+    settings: list[str], deep_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    name, *more = kind.split()
+    offsite = hasattr(algorithm(name), "SCHEME")
+    more += [f"--model.path={deep_folder}", "--offsite.prealign_steps=2", "--offsite.align_steps=1"] if offsite else []
+    held = Held(monkeypatch)
+    wanted = recipe(
+        *settings, *more, f"--algorithm={name}", "--train.optimizer_state=keep", "--clients_per_round=2", "--eval_every=0"
+    )
+    assert run(wanted, tmp_path) == [0]
+    assert held.written == dict.fromkeys(range(4), True)
+    assert held.told == {0: -1, 1: -1, 2: 0, 3: 1, 4: 3}  # one round in hand, one being written; the end waits
+
+
+def test_training_is_ahead_of_the_disk_by_one_checkpoint_at_most(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch)
+    wanted = recipe(*settings, "--rounds=7", "--checkpoint_every=2", "--clients_per_round=2", "--eval_every=0")
+    assert run(wanted, tmp_path, 2) == [0, 0]
+    assert held.told == {0: -1, 1: -1, 2: -1, 3: -1, 4: 1, 5: 1, 6: 3, 7: 6}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [line["round"] for line in lines if line.get("blocked_s", -1) >= 0] == [1, 3, 5, 6]
+
+
+def test_a_disk_that_fails_while_training_goes_on_loses_nothing(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = RunFolder.publish
+
+    def full(folder: RunFolder, lines: Any) -> None:
+        if lines[-1]["round"] == 1:
+            raise CheckpointError("no space, make room")
+        publish(folder, lines)
+
+    wanted = recipe(*settings, "--clients_per_round=2", "--eval_every=0")
+    monkeypatch.setattr(RunFolder, "publish", full)
+    assert "make room" in str(run(wanted, tmp_path / "run", 2)[0])
+    monkeypatch.setattr(RunFolder, "publish", publish)
+    assert run(wanted, tmp_path / "run") == run(wanted, tmp_path / "whole") == [0]
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+    rounds = [[json.loads(line)["round"] for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("run", "whole")]
+    assert rounds == [[-1, 0, 1, 1, 2, 3], [-1, 0, 1, 2, 3]]  # with a line that says where it went on
