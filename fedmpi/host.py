@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedmpi import aggregation, evaluation, models, offsite, training
 from fedmpi import data as corpora
 from fedmpi.base import Base
-from fedmpi.errors import ConfigError, DataError, TrainingError
+from fedmpi.errors import ConfigError, DataError
 from fedmpi.round import Round
 from fedmpi.tensors import Tensors
 
@@ -97,19 +97,15 @@ class Host:
         with models.only(self.base.model, aggregation.trained(tensors, self.rules.rule, rnd.index)):
             yield self.base.model
 
-    def check(self, server: Any, rnd: Round, beside: Tensors | None = None) -> "Callable[[Update], None]":
-        """What every update of the round must pass before it touches anything; tensors like `beside` come with the adapter."""
+    def check(self, server: Any, rnd: Round, beside: Tensors | None = None) -> "aggregation.Check":
+        """What every update of the round must be before it touches anything; tensors like `beside` come with the adapter."""
         names = aggregation.trained(server.adapter, self.rules.rule, rnd.index)
         most = aggregation.most_of(aggregation.largest(server.adapter))
+        farthest = aggregation.most_move(self.rules, server.memory)
 
-        def check(update: "Update") -> None:
-            expected = self._at_rank(update.client, {name: server.adapter[name] for name in names})
-            extra = {name: update.tensors[name] for name in (beside or {}) if name in update.tensors}
-            own = {name: tensor for name, tensor in update.tensors.items() if name not in extra}
-            aggregation.inspect(own, expected, self.rules, server.memory)
-            aggregation.inspect(extra, beside or {}, aggregation.Config(), {})
-            if (found := aggregation.largest(update.tensors)) > most:
-                raise TrainingError(f"the update has grown to {found:.4g}, more than {most:.4g}: lower the learning rate")
+        def check(client: int, like: Tensors) -> "Callable[[int, Any], float]":
+            own = self._at_rank(client, {name: server.adapter[name] for name in names})
+            return aggregation.begin(aggregation.Wanted({**own, **(beside or {})}, most, farthest, own), like)
 
         return check
 
@@ -124,6 +120,7 @@ class Host:
             server=self.server,
             fresh=partial(self.base.anew, rnd.index),
             scratch=self.scratch,
+            alike=not self.ranks,
         )
         made = aggregation.aggregate(updates, start)
         self.base.folds.fold(made.fold)

@@ -1,6 +1,7 @@
 """Aggregation: pure functions from updates to the next adapter. They know weights and tensors; never ranks, links or models.
 
 mean        the exact weighted mean, order-free, holding one sum
+check       what an update must be before it counts, piece by piece
 factors     averages of products B A on their factors: exact, redistributed, padded; and how far a rule is from the average
 robust      rules that bear hostile updates
 optimisers  the server's own step along what the updates say
@@ -15,6 +16,10 @@ from fedmpi.errors import ConfigError
 from fedmpi.lazy import door
 
 if TYPE_CHECKING:
+    from fedmpi.aggregation.check import Check as Check
+    from fedmpi.aggregation.check import Wanted as Wanted
+    from fedmpi.aggregation.check import begin as begin
+    from fedmpi.aggregation.check import most_move as most_move
     from fedmpi.aggregation.factors import narrowed as narrowed
     from fedmpi.aggregation.factors import trained as trained
     from fedmpi.aggregation.mean import Weighted as Weighted
@@ -26,7 +31,6 @@ if TYPE_CHECKING:
     from fedmpi.aggregation.step import Made as Made
     from fedmpi.aggregation.step import Start as Start
     from fedmpi.aggregation.step import aggregate as aggregate
-    from fedmpi.aggregation.step import inspect as inspect
 
 Rule = Literal["mean", "ffa", "rolora", "fedex", "flora", "flexlora"]
 Robust = Literal[
@@ -115,8 +119,9 @@ __getattr__ = door(
     __name__,
     {
         **dict.fromkeys(("exact_mean", "grid_scale", "largest", "most_of", "Weighted"), "mean"),
+        **dict.fromkeys(("begin", "most_move", "Check", "Wanted"), "check"),
         **dict.fromkeys(("narrowed", "trained"), "factors"),
         "Spool": "spool",
-        **dict.fromkeys(("aggregate", "inspect", "Made", "Start"), "step"),
+        **dict.fromkeys(("aggregate", "Made", "Start"), "step"),
     },
 )

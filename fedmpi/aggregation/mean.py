@@ -9,9 +9,9 @@ round began with, but at least 1, a mean on the grid that `grid_scale` chooses i
 rounded to its dtype. For elements above n * 2**-22 * L that is less than the rounding to float32 costs; smaller ones keep fewer
 digits, and one below 2**-46 * L may come out as 0.
 
-Updates may come in pieces, those of several updates in turn, and each is added while it is still in the cache. A sum to which part
-of an update was added is of no use without the rest: whoever yields pieces raises where an update breaks off, and then there is no
-mean. This module must never know who sent what, or over what it came.
+Updates may come in pieces, those of several updates in turn, and each is added while it is still in the cache. An update of which
+part was added and the rest cannot be is taken back: its pieces come once more and are subtracted, which is as exact as adding them
+was, so that nothing of it is left. This module must never know who sent what, or over what it came.
 """
 
 import itertools
@@ -48,13 +48,22 @@ class Piece:
     like: Tensors  # the whole update's names, shapes and dtypes, on the meta device; of all updates in the same order
     first: int  # how many elements of the update come before these, in the order of `like`
     values: torch.Tensor
+    most: float | None = None  # their largest magnitude, where somebody has looked already
+    back: bool = False  # these came before and were added, and are to be taken back
+
+
+@dataclass(frozen=True)
+class Void:
+    """The pieces of an update that have come so far are not to count, and no others will come."""
+
+    update: int
 
 
 @runtime_checkable
 class Streamed(Protocol):
-    """Updates that come in pieces: all the pieces of each of them, or an exception."""
+    """Updates that come in pieces: all the pieces of each of them, or that it is void."""
 
-    def pieces(self) -> Iterator[Piece]: ...
+    def pieces(self) -> Iterator[Piece | Void]: ...
 
 
 def most_of(largest: float) -> float:
@@ -70,8 +79,17 @@ def grid_scale(total_weight: int, largest: float) -> int:
 
 def exact_mean(updates: Iterable[Weighted] | Streamed, scale: int) -> Tensors:
     """Consume the updates as they come, holding one sum and never two of them; give sum(w * x) / sum(w) in their dtype."""
+    return mean_of(updates.pieces() if isinstance(updates, Streamed) else _pieces(updates), scale)
+
+
+def mean_of(pieces: Iterable[Piece | Void], scale: int) -> Tensors:
+    """The exact mean of updates in pieces. What is void must have been taken back by its pieces; else there is no mean."""
     sums: _Sums | None = None
-    for piece in updates.pieces() if isinstance(updates, Streamed) else _pieces(updates):
+    for piece in pieces:
+        if isinstance(piece, Void):
+            if sums is not None and piece.update in sums.weights:
+                raise TrainingError(f"update {piece.update} broke off, and what was added of it cannot be taken back")
+            continue
         if sums is None:
             sums = _Sums(piece.like, scale, room(sum(tensor.numel() for tensor in piece.like.values()), torch.float64))
         sums.add(piece)
@@ -84,14 +102,14 @@ def largest(tensors: Mapping[str, torch.Tensor]) -> float:
     """The largest magnitude of all elements; NonFinite names the tensor that holds a NaN or an infinity."""
     most = 0.0
     for name, tensor in tensors.items():
-        most_here = _magnitude(tensor)
+        most_here = magnitude(tensor)
         if not math.isfinite(most_here):
             raise NonFinite(f"tensor {name} holds a value that is not finite")
         most = max(most, most_here)
     return most
 
 
-def _magnitude(tensor: torch.Tensor) -> float:
+def magnitude(tensor: torch.Tensor) -> float:
     """The largest magnitude; infinite where any element is a NaN."""
     if not tensor.numel():
         return 0.0
@@ -162,30 +180,42 @@ class _Sums:
     values: torch.Tensor  # of which the first `_num_begun` count: the others are cleared when they are first added to
     weights: dict[int, int] = field(default_factory=dict)  # by update
     _num_begun: int = 0
+    _there: dict[int, int] = field(default_factory=dict)  # by update, how many of its elements were added
     _most: dict[int, float] = field(default_factory=dict)  # by update, the largest magnitude so far, in grid steps
     _block: torch.Tensor = field(default_factory=lambda: torch.empty(_BLOCK, dtype=torch.float64))
 
     def add(self, piece: Piece) -> None:
-        """Add a piece, block by block: each is looked at, scaled, rounded and added while it is in the cache."""
+        """Add a piece, or take it back, block by block: each is looked at, scaled, rounded and added while it is in the cache."""
         if piece.update not in self.weights:
-            if piece.like is not self.like:
-                _same_shapes(self.like, piece.like)
-                if list(piece.like) != list(self.like):
-                    raise TrainingError("the elements of one update come in another order than those of another: settings differ")
-            self.weights[piece.update], self._most[piece.update] = piece.weight, 0.0
+            self._begin(piece)
         factor = math.ldexp(piece.weight, self.scale)
         others = sum(most for update, most in self._most.items() if update != piece.update) + len(self._most)
         stop = piece.first
         for part in torch.split(piece.values, _BLOCK):
             start, stop = stop, stop + part.numel()
-            most = max(self._most[piece.update], _magnitude(part) * factor)
+            most = max(self._most[piece.update], (magnitude(part) if piece.most is None else piece.most) * factor)
             if not others + most < _LIMIT:
                 self._refuse(piece)
             self._most[piece.update] = most
             if stop > self._num_begun:
                 self.values[self._num_begun : stop].zero_()
                 self._num_begun = stop
-            self.values[start:stop].add_(self._block[: part.numel()].copy_(part).mul_(factor).round_())
+            steps = self._block[: part.numel()].copy_(part).mul_(-factor if piece.back else factor).round_()
+            self.values[start:stop].add_(steps)
+        self._count(piece)
+
+    def _begin(self, piece: Piece) -> None:
+        if piece.like is not self.like:
+            _same_shapes(self.like, piece.like)
+            if list(piece.like) != list(self.like):
+                raise TrainingError("the elements of one update come in another order than those of another: settings differ")
+        self.weights[piece.update], self._most[piece.update], self._there[piece.update] = piece.weight, 0.0, 0
+
+    def _count(self, piece: Piece) -> None:
+        """An update of which nothing is there any more has never been."""
+        self._there[piece.update] += -piece.values.numel() if piece.back else piece.values.numel()
+        if piece.back and not self._there[piece.update]:
+            del self.weights[piece.update], self._most[piece.update], self._there[piece.update]
 
     def _refuse(self, piece: Piece) -> None:
         start = 0
@@ -200,6 +230,8 @@ class _Sums:
 
     def mean(self) -> Tensors:
         """The quotient, in the dtypes of the updates; tensors of one dtype are neighbours in one buffer."""
+        if broken := [update for update, num in self._there.items() if num != len(self.values)]:
+            raise TrainingError(f"the exact mean lacks part of update {broken[0]}: it has {self._there[broken[0]]} of its elements")
         divisor = math.ldexp(sum(self.weights.values()), self.scale)
         made: Tensors = {}
         start = 0

@@ -1,21 +1,22 @@
-"""The spool: a round's updates in scratch space, for rules that need all of them at once.
+"""The spool: a round's updates in scratch space, for rules that need all of them at once, and for what must be taken back.
 
-They go in as they arrive and come out by client, so that no result can depend on the order of arrival. Of what lies here, a
+They go in as they arrive, whole or in pieces, and come out by client, so that no result can depend on the order of arrival. An
+update that turns out to be void when part of it was passed on is given once more, to be taken back. Of what lies here, a
 reader holds one tensor (or a slice of one) of each client at a time: the memory of a rule is that of its widest module times
 the clients of the round. It must never know what a rule does.
 """
 
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TypeVar
 
 import torch
 
-from fedmpi.aggregation.mean import Weighted
-from fedmpi.tensors import Tensors
+from fedmpi.aggregation.mean import Piece, Void, Weighted
+from fedmpi.tensors import Tensors, num_bytes
 
 IN_MEMORY_BYTES = 8 << 20  # what a round of small updates takes before it goes to disk
 
@@ -28,6 +29,7 @@ class Sent(Weighted, Protocol):
 
 
 U = TypeVar("U", bound=Sent)
+Places = dict[str, tuple[int, torch.Size, torch.dtype]]
 
 
 class Spool:
@@ -35,9 +37,10 @@ class Spool:
 
     def __init__(self, scratch: Path | None) -> None:
         self._file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY_BYTES, dir=str(scratch) if scratch else None)  # noqa: SIM115 - closed in __exit__
-        self._places: dict[int, dict[str, tuple[int, torch.Size, torch.dtype]]] = {}
+        self._places: dict[int, Places] = {}
         self._weights: dict[int, int] = {}
         self._end = 0
+        self._idle: list[int] = []  # where taped updates were that are not needed any more
 
     def __enter__(self) -> "Spool":
         return self
@@ -51,6 +54,43 @@ class Spool:
             self._keep(update.client, update.tensors)
             self._weights[update.client] = update.weight
             yield update
+
+    def taping(self, pieces: Iterable[Piece | Void], keep: bool) -> Iterator[Piece]:
+        """Pieces as they come; those of a void update come once more, to be taken back. Whole updates stay here where asked for."""
+        tapes: dict[int, _Tape] = {}
+        for piece in pieces:
+            if isinstance(piece, Void):
+                if piece.update in tapes:
+                    yield from self._backwards(tapes.pop(piece.update))
+                continue
+            tape = tapes.get(piece.update) or tapes.setdefault(piece.update, _tape(piece))
+            if keep or piece.values.numel() < tape.num_elements:  # one that is all of its update was seen whole before
+                self._record(tape, piece)
+            yield piece
+            if piece.first + piece.values.numel() == tape.num_elements:
+                self._finish(tapes.pop(piece.update), keep)
+
+    def _record(self, tape: "_Tape", piece: Piece) -> None:
+        if tape.start < 0:
+            tape.start = self._idle.pop() if self._idle else self._end  # all that are taped are alike
+            self._end = max(self._end, tape.start + tape.num_bytes)
+        self._file.seek(tape.start + sum(num * dtype.itemsize for _, num, dtype in tape.taken))
+        self._file.write(_bytes(piece.values))
+        tape.taken.append((piece.first, piece.values.numel(), piece.values.dtype))
+
+    def _backwards(self, tape: "_Tape") -> Iterator[Piece]:
+        place = tape.start
+        for first, num, dtype in tape.taken:
+            yield replace(tape.head, first=first, values=self._read(place, num, dtype), back=True)
+            place += num * dtype.itemsize
+        self._idle.append(tape.start)
+
+    def _finish(self, tape: "_Tape", keep: bool) -> None:
+        if keep:
+            self._places[tape.head.update] = _places(tape.head.like, tape.start)
+            self._weights[tape.head.update] = tape.head.weight
+        elif tape.start >= 0:
+            self._idle.append(tape.start)
 
     def taking(self, updates: Iterable[U], prefix: str) -> Iterator[U]:
         """The updates as they come, without a group of their tensors: that is kept here."""
@@ -94,15 +134,43 @@ class Spool:
         return self._read(place + start * dtype.itemsize, stop - start, dtype)
 
     def _keep(self, client: int, tensors: Tensors) -> None:
-        places = {}
+        self._places[client] = _places(tensors, self._end)
         self._file.seek(self._end)
-        for name, tensor in tensors.items():
-            places[name] = (self._end, tensor.shape, tensor.dtype)
-            self._end += self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        self._places[client] = places
+        for tensor in tensors.values():
+            self._end += self._file.write(_bytes(tensor))
 
     def _read(self, start: int, num: int, dtype: torch.dtype) -> torch.Tensor:
         if not num:
             return torch.empty(0, dtype=torch.float64)
         self._file.seek(start)
         return torch.frombuffer(bytearray(self._file.read(num * dtype.itemsize)), dtype=dtype).double()
+
+
+@dataclass
+class _Tape:
+    """What of one update has been passed on."""
+
+    head: Piece  # the first piece, without its values
+    num_elements: int  # of the whole update
+    num_bytes: int
+    start: int = -1  # in the file
+    taken: list[tuple[int, int, torch.dtype]] = field(default_factory=list)  # first element, how many, of what
+
+
+def _tape(piece: Piece) -> _Tape:
+    nothing, like = piece.values.new_empty(0), piece.like
+    return _Tape(replace(piece, values=nothing, most=None), sum(tensor.numel() for tensor in like.values()), num_bytes(like))
+
+
+def _places(tensors: Tensors, start: int) -> Places:
+    """Where tensors lie that are one after the other."""
+    places: Places = {}
+    for name, tensor in tensors.items():
+        places[name] = (start, tensor.shape, tensor.dtype)
+        start += tensor.numel() * tensor.element_size()
+    return places
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data

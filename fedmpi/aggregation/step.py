@@ -1,8 +1,9 @@
 """One round's aggregation: from the updates and what was sent to the next adapter. It knows no links, models or ranks."""
 
-import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,10 @@ from typing import Any
 import torch
 
 from fedmpi.aggregation import Config, ServerConfig, factors, optimisers, robust
-from fedmpi.aggregation.mean import exact_mean
+from fedmpi.aggregation.check import MEDIAN, move
+from fedmpi.aggregation.mean import Streamed, exact_mean, mean_of
 from fedmpi.aggregation.spool import Sent, Spool
-from fedmpi.errors import NonFinite, TrainingError
 from fedmpi.tensors import Tensors
-
-MEDIAN = "median_move"  # of the updates that counted last
-FAR = 4.0  # times that, and an update is refused where the bound is adaptive
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,7 @@ class Start:
     server: ServerConfig = field(default_factory=ServerConfig)
     fresh: Callable[[], Tensors] = dict
     scratch: Path | None = None
+    alike: bool = True  # whether all updates have the same shapes
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,38 @@ def aggregate(updates: Iterable[Sent], start: Start) -> Made:
     if config.most_norm == "adaptive":
         updates = _measured(updates, sent, moves)
     measured = config.record_error and bool(factors.modules(sent))
-    with Spool(start.scratch) as spool:
+    with ExitStack() as open_:
+        spool = open_.enter_context(Spool(start.scratch))
         target, fold, memory = _ruled(updates, spool, start, measured)
         adapter, memory = optimisers.step(start.optimizer, start.server, sent, {**sent, **target}, memory)
-        error = {"aggregation_error": factors.relative_error(spool, sent, adapter, fold)} if measured else {}
-    memory |= {MEDIAN: torch.tensor(statistics.median(moves))} if moves else {}
-    return Made(adapter, memory, fold, error)
+        memory |= {MEDIAN: torch.tensor(statistics.median(moves))} if moves else {}
+        if not measured:
+            return Made(adapter, memory, fold, {})
+        in_use = open_.pop_all()  # by the figure, which nothing but the record waits for
+
+    def error() -> float:
+        with in_use:
+            return factors.relative_error(spool, sent, adapter, fold)
+
+    return Made(adapter, memory, fold, Later({"aggregation_error": error}))
+
+
+class Later(Mapping[str, float]):
+    """Figures that are computed beside the program, one after the other. Who reads one waits until it is there."""
+
+    def __init__(self, work: Mapping[str, Callable[[], float]]) -> None:
+        pool = ThreadPoolExecutor(1, "figures")
+        self._found: dict[str, Future[float]] = {name: pool.submit(figure) for name, figure in work.items()}
+        pool.shutdown(wait=False)
+
+    def __getitem__(self, name: str) -> float:
+        return self._found[name].result()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 def _ruled(updates: Iterable[Sent], spool: Spool, start: Start, measured: bool) -> tuple[Tensors, Tensors, Tensors]:
@@ -70,8 +95,11 @@ def _ruled(updates: Iterable[Sent], spool: Spool, start: Start, measured: bool) 
         if config.rule == "flora":
             return start.fresh(), factors.stacked(spool, sent), memory
         return factors.redistributed(spool, sent), {}, memory
-    kept = spool.passing(updates) if measured or config.rule == "fedex" else updates
-    target = exact_mean(_padded(kept, sent), start.scale)
+    keep = measured or config.rule == "fedex"
+    if isinstance(updates, Streamed) and start.alike:
+        target = mean_of(spool.taping(updates.pieces(), keep), start.scale)
+    else:
+        target = exact_mean(_padded(spool.passing(updates) if keep else updates, sent), start.scale)
     return target, factors.missed(spool, sent, target) if config.rule == "fedex" else {}, memory
 
 
@@ -82,39 +110,5 @@ def _padded(updates: Iterable[Any], like: Tensors) -> Iterator[Any]:
 
 def _measured(updates: Iterable[Sent], sent: Tensors, moves: list[float]) -> Iterator[Sent]:
     for update in updates:
-        moves.append(_move(update.tensors, sent))
+        moves.append(move(update.tensors, sent))
         yield update
-
-
-def inspect(tensors: Tensors, expected: Tensors, config: Config, memory: Tensors) -> None:
-    """Refuse an update before it touches the aggregate: for names, shapes, dtypes, values, or how far it moved from `expected`."""
-    if expected.keys() != tensors.keys():
-        missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-        raise TrainingError(f"the update lacks {missing[:3]} and brings {surplus[:3]}: settings differ")
-    for name, tensor in tensors.items():
-        like = expected[name]
-        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
-            found, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, like))
-            raise TrainingError(f"the update's {name} is {found}, expected {wanted}")
-    bound = most_move(config, memory)
-    if not math.isfinite(move := _move(tensors, expected if bound < math.inf else {})):
-        bad = next(name for name, tensor in tensors.items() if not tensor.isfinite().all())
-        raise NonFinite(f"the update's {bad} holds a value that is not finite")
-    if move > bound:
-        raise TrainingError(f"the update moved by {move:.4g}, aggregation.most_norm allows {bound:.4g}")
-
-
-def most_move(config: Config, memory: Tensors) -> float:
-    """How far an update may move; in the first round an adaptive bound is not known yet."""
-    if config.most_norm == "adaptive":
-        return FAR * float(memory[MEDIAN]) if MEDIAN in memory else math.inf
-    return config.most_norm or math.inf
-
-
-def _move(tensors: Tensors, origin: Tensors) -> float:
-    """The norm of the difference, or where there is no origin, of the tensors; not finite where any element is not."""
-    parts = []
-    for name, tensor in tensors.items():
-        moved = tensor - origin[name] if name in origin else tensor
-        parts.append(float(torch.linalg.vector_norm(moved, dtype=torch.float64)))
-    return math.hypot(*parts)

@@ -2,21 +2,23 @@
 
 It is read once, in one of two ways. Who iterates gets whole updates, each of which stays as it is until the next is asked for.
 `pieces` gives elements as they arrive, those of several clients in turn, so that a server holds a few chunks beside its sums; what
-comes before the first of the two is asked for comes as the round before had it. A
-link that breaks inside an update raises out of both: what was added of that update cannot be taken back, so there is no mean, and
-either the round is repeated from the state before it or the run ends. An update counts when its last piece was taken.
+comes before the first of the two is asked for comes as the round before had it.
+
+Every update is checked on its way, whole or piece by piece; the first wrong piece makes it void, and its client a Failure. A link
+that breaks inside an update raises out of both. An update counts when its last piece was taken.
 
 This module must never know what is done with updates.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from fedmpi.aggregation.mean import Piece
+from fedmpi.aggregation.check import Check, Look, whole
+from fedmpi.aggregation.mean import Piece, Void
 from fedmpi.codecs import Chain
 from fedmpi.errors import ProtocolError, TrainingError
 from fedmpi.federation.conductor import Conductor
@@ -40,7 +42,7 @@ class Tally:
     conductor: Conductor
     outcome: Outcome
     ledger: Ledger
-    check: Callable[[Update], None] | None = None
+    check: Check | None = None
 
     def judged(self, outcomes: Iterable[Update | Failure]) -> Iterator[Update]:
         """Updates with their weights; failures go to the record; the end of the updates is the verdict."""
@@ -60,9 +62,9 @@ class Tally:
         """The update, or why it is none."""
         try:
             if self.check is not None:
-                self.check(update)
+                whole(self.check(update.client, update.tensors), update.tensors)
         except TrainingError as error:
-            return Failure(update.client, type(error).__name__, str(error))
+            return failure(update.client, error)
         return update
 
     def fail(self, failure: Failure) -> None:
@@ -80,6 +82,20 @@ class Tally:
         self.conductor.judge(self.rnd, outcome.counted, {c: str(f) for c, f in outcome.failures.items()})
 
 
+def failure(client: int, error: TrainingError) -> Failure:
+    """An update that was refused."""
+    return Failure(client, type(error).__name__, str(error))
+
+
+@dataclass
+class Begun:
+    """An update of which part has come."""
+
+    update: Update  # without tensors
+    look: Look | None = None
+    refused: Failure | None = None
+
+
 @dataclass
 class Arrivals:
     """The answers of a cohort over the links."""
@@ -90,43 +106,64 @@ class Arrivals:
     up: Chain = field(default_factory=Chain)
     sent: Tensors = field(default_factory=dict)  # the round's broadcast
     _missing: set[int] = field(default_factory=set)
-    _begun: dict[int, Update] = field(default_factory=dict)  # by client, without tensors
+    _begun: dict[int, Begun] = field(default_factory=dict)  # by client
 
     def __iter__(self) -> Iterator[Update]:
         self.post.transport.in_chunks = frozenset()
         return self.tally.judged(self._whole())
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[Piece | Void]:
         """All pieces of all updates; at the end, the verdict."""
         self.post.transport.in_chunks = frozenset({Kind.UPDATE})
         for message in self._answers({}):
             if isinstance(message, Failure):
                 self.tally.fail(message)
                 continue
-            update, ends = self._update(message), message.last
-            yield from self._pieces(update, message)
+            begun, ends = self._part_of(message), message.last
+            yield from self._pieces(begun, message)
             message.release()  # the consumer has asked for the next one: it is done with this
             if ends:
-                self._missing.discard(update.client)
-                self.tally.ledger.up[update.client] += message.header.length
-                self.tally.outcome.note(update)
+                self._end(begun, message)
         self.tally.close()
 
-    def _pieces(self, update: Update, message: Message) -> Iterator[Piece]:
+    def _pieces(self, begun: Begun, message: Message) -> Iterator[Piece | Void]:
+        """What of the message's elements is right. The first wrong one makes the update void; what follows is passed over."""
+        update, check = begun.update, self.tally.check
+        if begun.refused is not None:
+            return
+        like, found = self._elements(message)
+        try:
+            if check is not None and begun.look is None:
+                begun.look = check(update.client, like)
+            for first, values in found:
+                most = None if begun.look is None else begun.look(first, values)
+                yield Piece(update.client, update.weight, like, first, values, most)
+        except TrainingError as error:
+            begun.refused = failure(update.client, error)
+            yield Void(update.client)
+
+    def _elements(self, message: Message) -> tuple[Tensors, Iterator[tuple[int, torch.Tensor]]]:
+        """The names, shapes and dtypes of the whole update; and what came of it, flat, with how many elements come before."""
         if message.header.kind is Kind.CODED:
             tensors = self._decoded(message)
-            whole = manifest_of(tensors)
-            found = whole.cut(Packed(tensors, whole).buffer(0, whole.num_bytes), 0)
+            manifest = manifest_of(tensors)
+            return manifest.like, manifest.cut(Packed(tensors, manifest).buffer(0, manifest.num_bytes), 0)
+        return self.post.manifest(message).like, self.post.pieces(message)
+
+    def _end(self, begun: Begun, message: Message) -> None:
+        """An update has come to its end: it counts, unless it was refused. What came is in the ledger either way."""
+        self._missing.discard(begun.update.client)
+        self.tally.ledger.up[begun.update.client] += message.header.length
+        if begun.refused is None:
+            self.tally.outcome.note(begun.update)
         else:
-            whole, found = self.post.manifest(message), self.post.pieces(message)
-        for first, values in found:
-            yield Piece(update.client, update.weight, whole.like, first, values)
+            self.tally.fail(begun.refused)
 
     def _decoded(self, message: Message) -> Tensors:
         """What an update under the chain says, given that the client has had the round's broadcast."""
         return self.post.decode(message, self.up, self.sent)
 
-    def _update(self, message: Message) -> Update:
+    def _part_of(self, message: Message) -> Begun:
         """What is known of the update that the message is a part of."""
         client = message.header.client
         if not message.first:
@@ -134,7 +171,7 @@ class Arrivals:
             if not isinstance(note.get("metrics"), dict) or not isinstance(note.get("owned"), str):
                 raise ProtocolError(f"rank {message.peer} sent an UPDATE with a note of {sorted(note)}, expected metrics and owned")
             update = Update(client, {}, note["metrics"], owned_sha256=note["owned"])
-            self._begun[client] = self.tally.weighed(update)
+            self._begun[client] = Begun(self.tally.weighed(update))
         return self._begun[client]
 
     def _whole(self) -> Iterator[Update | Failure]:
@@ -144,7 +181,7 @@ class Arrivals:
             if isinstance(message, Failure):
                 yield message
                 continue
-            update, ends = self._update(message), message.last
+            update, ends = self._part_of(message).update, message.last
             if message.header.kind is Kind.CODED:
                 self._missing.discard(update.client)
                 yield replace(update, tensors=self._decoded(message), coded_bytes=message.header.length)

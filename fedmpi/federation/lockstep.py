@@ -7,6 +7,7 @@ clients at once. This module must never know what is trained, or how.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from fedmpi.aggregation import Check
 from fedmpi.codecs import Chain
 from fedmpi.errors import ProtocolError
 from fedmpi.federation import scores
@@ -103,20 +104,19 @@ class Federation:
         rnd: Round,
         clients: Mapping[int, C],
         work: Callable[[C], Update],
-        check: Callable[[Update], None] | None = None,
+        check: Check | None = None,
     ) -> Iterable[Update]:
         """Run `work` for each client of the cohort that lives here; on the server, give the updates of all in arrival order, once.
 
-        The server's `check` sees each update before anybody else does: one that it raises a TrainingError at is a Failure. Without
-        one, the exact mean takes the updates from the links in pieces; who iterates gets them whole.
+        The server's `check` sees each update, or each piece of it, before anybody else does: one at which it raises a TrainingError
+        is a Failure. The exact mean takes the updates from the links in pieces; who iterates gets them whole.
         """
         outcomes = (self._turns.take(rnd, clients[client], work, self._sent) for client in self._hosted_in(rnd))
         if self.conductor is not None:
             tally = Tally(rnd, self.conductor, self.outcome, self.ledger, check)
             if self.post is None:
                 return tally.judged(outcomes)
-            arrivals = Arrivals(self.post, self.placement, tally, self.up, self._sent)
-            return arrivals if check is None else iter(arrivals)
+            return Arrivals(self.post, self.placement, tally, self.up, self._sent)
         assert self.post is not None
         for outcome in outcomes:  # now, not lazily: a client rank never reads what it gathered
             if self._meeting.leads:

@@ -2,13 +2,15 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
-from fedmpi.aggregation import exact_mean
-from fedmpi.errors import PeerLost, ProtocolError
+from fedmpi.aggregation import Check, Spool, exact_mean
+from fedmpi.aggregation.check import Look
+from fedmpi.aggregation.mean import Streamed, mean_of
+from fedmpi.errors import PeerLost, ProtocolError, TrainingError
 from fedmpi.federation import Conductor, Federation, Outcome, Update
 from fedmpi.federation.arrivals import Arrivals, Tally
 from fedmpi.federation.post import Post
@@ -36,8 +38,10 @@ class Seen:
 
     result: Tensors = field(default_factory=dict)
     counted: list[int] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)
     up: dict[int, int] = field(default_factory=dict)
     error: BaseException | None = None
+    scale: int = 0
 
 
 def made(client: Client) -> Update:
@@ -59,7 +63,12 @@ def federation(transport: Transport | None) -> Federation:
     return fed
 
 
-def run(aggregate: Callable[[object, Round], Tensors], size: int, work: Callable[[Federation, Round], None] | None = None) -> Seen:
+def run(
+    aggregate: Callable[[object, Round], Tensors],
+    size: int,
+    work: Callable[[Federation, Round], None] | None = None,
+    check: Check | None = None,
+) -> Seen:
     """One round; `work` replaces what rank 1 does in it. The server's error is kept."""
     seen = Seen()
 
@@ -70,10 +79,11 @@ def run(aggregate: Callable[[object, Round], Tensors], size: int, work: Callable
             if fed.rank == 1 and work is not None:
                 work(fed, rnd)
                 return
-            received = fed.gather(rnd, clients, made)
+            received = fed.gather(rnd, clients, made, check)
             if fed.conductor is not None:
-                seen.result = aggregate(received, rnd)
+                seen.result, seen.scale = aggregate(received, rnd), rnd.scale
                 seen.counted, seen.up = fed.outcome.counted, dict(fed.ledger.up)
+                seen.failed = {client: str(failure) for client, failure in fed.outcome.failures.items()}
         fed.farewell()
 
     def rank(transport: Transport) -> None:
@@ -109,6 +119,24 @@ def put_together(received: object, rnd: Round) -> Tensors:
     return exact_mean(received.tally.judged(received._whole()), rnd.scale)
 
 
+def taped(received: object, rnd: Round) -> Tensors:
+    """As a round of the program does it, where nothing is to be kept."""
+    assert isinstance(received, Streamed)
+    with Spool(None) as spool:
+        return mean_of(spool.taping(received.pieces(), keep=False), rnd.scale)
+
+
+def kept(received: object, rnd: Round) -> Tensors:
+    """The same where the updates are wanted afterwards; what the spool then holds gives the same mean."""
+    assert isinstance(received, Streamed)
+    with Spool(None) as spool:
+        mean = mean_of(spool.taping(received.pieces(), keep=True), rnd.scale)
+        for name, tensor in mean.items():
+            there = sum(share * spool.get(client, name) for client, share in spool.shares.items())
+            assert torch.allclose(there, tensor.double(), rtol=1e-2 if tensor.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+        return mean
+
+
 @pytest.mark.parametrize("size", [4, 6])
 @pytest.mark.parametrize("aggregate", [in_pieces, whole, put_together])
 def test_the_mean_of_pieces_is_that_of_whole_updates(aggregate: Callable[[object, Round], Tensors], size: int) -> None:
@@ -116,6 +144,39 @@ def test_the_mean_of_pieces_is_that_of_whole_updates(aggregate: Callable[[object
     assert seen.error is None and sorted(seen.counted) == [0, 1, 2, 4]
     assert all(torch.equal(seen.result[name], alone.result[name]) for name in "abc")
     assert seen.up == alone.up == dict.fromkeys((0, 1, 2, 4), 2 * 1500 * 4 + 700 * 2)
+
+
+def nearly_all(client: int, like: Tensors) -> Look:
+    """Refuses client 1 for its names, client 2 for its last elements."""
+    if client == 1:
+        raise TrainingError("not wanted at all")
+
+    def look(first: int, values: torch.Tensor) -> float:
+        if client == 2 and first + values.numel() > 3000:
+            raise TrainingError("not wanted from here on")
+        return float(values.abs().max())
+
+    return look
+
+
+@pytest.mark.parametrize("size", [4, 6])
+@pytest.mark.parametrize("aggregate", [taped, kept, whole, put_together])
+def test_an_update_that_is_refused_on_its_way_leaves_no_trace(aggregate: Callable[[object, Round], Tensors], size: int) -> None:
+    seen = run(aggregate, size, check=nearly_all)
+    assert seen.error is None and sorted(seen.counted) == [0, 4]
+    assert {client: seen.failed[client] for client in (1, 2)} == {
+        1: "TrainingError: not wanted at all",
+        2: "TrainingError: not wanted from here on",
+    }
+    assert seen.up == dict.fromkeys((0, 1, 2, 4), 2 * 1500 * 4 + 700 * 2)  # it came, whatever became of it
+    fair = [made(Client(client)) for client in (0, 4)]
+    alone = exact_mean([replace(update, weight=update.client + 1) for update in fair], seen.scale)
+    assert all(torch.equal(seen.result[name], alone[name]) for name in "abc")
+
+
+def test_without_a_tape_there_is_no_mean_of_what_was_refused_half_way() -> None:
+    seen = run(in_pieces, 6, check=nearly_all)
+    assert isinstance(seen.error, TrainingError) and "update 2 broke off" in str(seen.error) and not seen.result
 
 
 def test_what_is_summed_over_clients_does_not_depend_on_who_came_first() -> None:
