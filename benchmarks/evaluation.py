@@ -21,10 +21,10 @@ import torch
 
 from fedmpi import data, models
 from fedmpi.data.corpora import Row
-from fedmpi.evaluate import Result
 from fedmpi.evaluation import gsm8k
 from fedmpi.evaluation.decoding import Decoding
 from fedmpi.evaluation.speaker import ModelSpeaker
+from fedmpi.result import Result
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any
 from fedmpi import models
 from fedmpi.command import FINISHED, guarded
 from fedmpi.errors import ConfigError
-from fedmpi.evaluate import open_target
+from fedmpi.target import open_target
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

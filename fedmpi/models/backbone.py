@@ -70,7 +70,7 @@ def load_model(config: Config, device: str | torch.device = "cpu") -> PreTrained
         _check_folder(Path(base), config.path)
     options: dict[str, Any] = {"local_files_only": _is_here(base), "trust_remote_code": False, "use_safetensors": True}
     # Sizes that differ are let through here, so that the check below names them in one line.
-    dtype = _dtype(config, device)
+    dtype = dtype_of(config, device)
     options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     options |= quantized.loading(config, dtype, device)
     with _quiet():
@@ -88,7 +88,7 @@ def load_shapes(config: Config, device: str = "cpu") -> PreTrainedModel:
     options: dict[str, Any] = {"local_files_only": Path(base).is_dir(), "trust_remote_code": False}
     with _quiet(), torch.device("meta"):
         settings = _attempt("config.json", config, lambda: AutoConfig.from_pretrained(base, **options))
-        dtype = _dtype(config, "cpu" if device == "auto" else device)
+        dtype = dtype_of(config, "cpu" if device == "auto" else device)
         model = _attempt("shape", config, lambda: AutoModelForCausalLM.from_config(settings, dtype=dtype))
     model.name_or_path = public_name(config)
     return model.requires_grad_(False).eval()
@@ -129,7 +129,8 @@ def _hub_is_silent() -> str:
     return ""
 
 
-def _dtype(config: Config, device: str | torch.device) -> torch.dtype:
+def dtype_of(config: Config, device: str | torch.device) -> torch.dtype:
+    """The number format on that device: what `auto` means there."""
     names = {"auto": torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16}
     return names.get(config.dtype) or getattr(torch, config.dtype)
 

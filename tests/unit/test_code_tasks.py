@@ -6,11 +6,11 @@ from itertools import combinations
 import pytest
 from evaluation_data import Oracle, shared
 
-from fedmpi import evaluate
 from fedmpi.errors import ConfigError, DataError
 from fedmpi.evaluation import code
 from fedmpi.evaluation.languages import LANGUAGES, cleaned, missing_tools
 from fedmpi.evaluation.task import Options
+from fedmpi.result import Result
 
 FILES = {"humaneval": "humaneval", **{f"humaneval-x:{name}": "humaneval-x" for name in LANGUAGES}}
 
@@ -111,7 +111,7 @@ def canonical(name: str, problems: slice, tmp_path) -> None:
     golds = {f"{problem['task_id']}#0": problem["canonical_solution"] for problem in chosen}
     oracle = Oracle(golds)
     oracle.say = lambda prompts, decoding, keys, limits=(): [golds[key] + "\n```\nThat is it." for key in keys]
-    found = evaluate.Result(tmp_path, "code", {}, asked).make(oracle, 10)
+    found = Result(tmp_path, "code", {}, asked).make(oracle, 10)
     failed = [(record["id"], record["stopped_by"], record["message"]) for record in found["records"] if not record["right"]]
     assert not failed and found["score"] == 1.0 and found["num_problems"] == len(chosen) > 0
 
@@ -129,7 +129,7 @@ def test_all_canonical_programs_pass(name, tmp_path):
 
 
 def test_programs_that_say_nothing_score_nothing(tmp_path):
-    found = evaluate.Result(tmp_path, "code", {}, programs(samples=2)).make(Oracle({}, right=False), 10)
+    found = Result(tmp_path, "code", {}, programs(samples=2)).make(Oracle({}, right=False), 10)
     assert found["score"] == 0.0 and len(found["records"]) == 2
 
 

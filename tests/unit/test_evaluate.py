@@ -14,6 +14,8 @@ from fedmpi.evaluation.tasks import Subject, build
 from fedmpi.federation import shards
 from fedmpi.federation.post import Post
 from fedmpi.recipe import Recipe
+from fedmpi.result import Result, answered
+from fedmpi.target import default_task
 from fedmpi.transports import in_process
 
 
@@ -100,7 +102,7 @@ def test_a_file_of_ones_own_can_be_scored(run_dir, tmp_path):
 def test_an_oracle_scores_one_and_its_opposite_nothing(right, tmp_path):
     task = build(Subject(Options("exact_match"), None, data.Config(num_rows=50), 5, 0))
     oracle = Oracle({row.id: row.output for row in task.heldout.rows}, right)
-    found = evaluate.Result(tmp_path, "exact_match", {}, task).make(oracle, 100)
+    found = Result(tmp_path, "exact_match", {}, task).make(oracle, 100)
     assert found["score"] == float(right) and len(found["records"]) == 512
     assert {share["score"] for share in found["clients"].values()} == {float(right)}
 
@@ -132,7 +134,7 @@ def test_a_run_that_has_not_finished_is_told(run_dir, tmp_path, capsys):
 
 
 def test_a_data_set_brings_its_task():
-    found = {name: evaluate.default_task(name) for name in (*data.FEDERATED, "gsm8k", "builtin:toy", "json")}
+    found = {name: default_task(name) for name in (*data.FEDERATED, "gsm8k", "builtin:toy", "json")}
     assert found == {
         **{"fed-code-alpaca": "humaneval", "fed-dolly": "helm", "fed-gsm8k-3": "gsm8k", "fed-code-search-net": "humaneval"},
         **{"gsm8k": "gsm8k", "builtin:toy": "exact_match", "json": "perplexity"},
@@ -168,10 +170,10 @@ def test_ranks_share_the_chunks_and_rank_0_keeps_all_answers(size, tmp_path):
     def rank(number):
         with transports[number] as transport, transport.turn:
             if number:
-                shards.help_out(Post(transport), lambda chunk: evaluate.answered(task, speakers[number], chunk))
+                shards.help_out(Post(transport), lambda chunk: answered(task, speakers[number], chunk))
             else:
                 post = Post(transport) if size > 1 else None
-                found.append(evaluate.Result(tmp_path, "exact_match", {}, task).make(speakers[0], 8, post))
+                found.append(Result(tmp_path, "exact_match", {}, task).make(speakers[0], 8, post))
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(size)]
     for thread in threads:

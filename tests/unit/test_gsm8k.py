@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from evaluation_data import Oracle, shared
 
-from fedmpi import data, evaluate
+from fedmpi import data
 from fedmpi.data.corpora import Row
 from fedmpi.errors import DataError
 from fedmpi.evaluation import gsm8k
 from fedmpi.evaluation.decoding import Decoding
 from fedmpi.evaluation.task import Options
 from fedmpi.evaluation.tasks import Subject, build
+from fedmpi.result import Result
 
 ROWS = [Row(f"What is {n} and {n}?", "", f"{n} + {n} = <<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n}", "", f"q{n}") for n in range(1, 9)]
 SHOTS = "".join(f"Q: What is {n} less 1?\nA: One before {n} is {n - 1}. The answer is {n - 1}.\n\n" for n in range(2, 10))
@@ -84,7 +85,7 @@ def test_the_two_forms(tmp_path):
 @pytest.mark.parametrize("right", [True, False])
 def test_an_oracle_scores_one_and_its_opposite_nothing(right, tmp_path):
     oracle = Reader({row.id: row.output for row in ROWS}, right)
-    found = evaluate.Result(tmp_path, "gsm8k", {}, task(tmp_path)).make(oracle, 3)
+    found = Result(tmp_path, "gsm8k", {}, task(tmp_path)).make(oracle, 3)
     assert found["score"] == float(right) and found["shots_dropped"] == 0
     assert found["settings"]["shots"] == 8 and found["answers_without_a_number"] == (0 if right else 8)
 
@@ -93,7 +94,7 @@ def test_shots_that_do_not_fit_are_dropped_whole_and_counted(tmp_path):
     asked = task(tmp_path)
     three = len(asked.prompt(ROWS[0], 3))
     oracle = Reader({row.id: row.output for row in ROWS}, context=three + 20)
-    found = evaluate.Result(tmp_path, "gsm8k", {}, asked).make(oracle, 100)
+    found = Result(tmp_path, "gsm8k", {}, asked).make(oracle, 100)
     assert oracle.prompts == [asked.prompt(row, 3) for row in ROWS]
     assert found["shots_dropped"] == 8 * 5 and found["questions_without_all_shots"] == 8
     assert {record["shots"] for record in found["records"]} == {3}

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from evaluation_data import Oracle, shared
 
-from fedmpi import evaluate
 from fedmpi.data import files
 from fedmpi.errors import ConfigError, DataError
 from fedmpi.evaluation import helm
@@ -14,6 +13,7 @@ from fedmpi.evaluation.decoding import Measure
 from fedmpi.evaluation.helm_table import SUBTASKS, SUITES
 from fedmpi.evaluation.shots import choose
 from fedmpi.evaluation.task import Options
+from fedmpi.result import Result
 
 FIXTURES = {
     "mmlu_test": {"question": "2 + 2?", "subject": "x", "choices": ["3", "4", "5", "6"], "answer": 1},
@@ -86,7 +86,7 @@ def test_the_table_is_the_papers():
 @pytest.mark.parametrize("right", [True, False])
 def test_an_oracle_scores_one_and_its_opposite_nothing(suite, right, folder, tmp_path):
     task = helm.build(Options(suite, data=str(folder)), suite, "")
-    found = evaluate.Result(tmp_path / "out", suite, {}, task).make(Knowing(task, right), 7)
+    found = Result(tmp_path / "out", suite, {}, task).make(Knowing(task, right), 7)
     assert found["num_subtasks"] == len(SUITES[suite]) and found["left_out"] == {}
     scores = {name: subtask["score"] for name, subtask in found["subtasks"].items()}
     if right:
@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_left_out_of_the_mean_and_named(folder, tmp_path):
     task = helm.build(Options("helm-mini", data=str(folder)), "helm-mini", "")
     longest = {item.subtask: len(item.question.prompts[0]) for item in task.items}
     oracle = Knowing(task, context=longest["natural_qa_open"] + 99)
-    found = evaluate.Result(tmp_path / "out", "helm-mini", {}, task).make(oracle, 100)
+    found = Result(tmp_path / "out", "helm-mini", {}, task).make(oracle, 100)
     assert found["left_out"] == {"natural_qa_open": "4 of 4 inputs do not fit the model's context"}
     assert found["num_subtasks"] == 3 and found["score"] == 1.0
 
@@ -161,7 +161,7 @@ def test_without_a_training_file_no_row_is_both_asked_and_shown(tmp_path):
 def test_worked_examples_that_do_not_fit_are_dropped_whole_and_counted(tmp_path):
     task = imdb(tmp_path, train=9)
     room = len(task.items[0].prompts(3)[0]) + SUBTASKS["imdb"].max_new_tokens
-    found = evaluate.Result(tmp_path / "out", "helm", {}, task).make(Knowing(task, context=room), 4)
+    found = Result(tmp_path / "out", "helm", {}, task).make(Knowing(task, context=room), 4)
     assert {record["shots"] for record in found["records"]} == {3} and found["score"] == 1.0
     assert found["shots_dropped"] == found["subtasks"]["imdb"]["shots_dropped"] == 6 * 2
 
@@ -203,5 +203,5 @@ def test_real_files_are_drawn_with_a_seed(tmp_path):
     assert (
         source == "mmlu_dev.jsonl.gz" and len(same) == 5 and all(any(question in shot for shot in mmlu.shots) for question in same)
     )
-    found = evaluate.Result(tmp_path, "helm", {}, task).make(Knowing(task), 10**6)
+    found = Result(tmp_path, "helm", {}, task).make(Knowing(task), 10**6)
     assert found["score"] == 1.0 and found["num_subtasks"] == len(ready)

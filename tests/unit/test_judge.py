@@ -1,18 +1,17 @@
 """The judge, against a local server that speaks the protocol: both orders, three ratings, faults, and FedIT's relative score."""
 
 import json
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import ModuleType
 
 import pytest
 from evaluation_data import Oracle
 
-from fedmpi import data, evaluate
+from fedmpi import data
 from fedmpi.errors import DataError
 from fedmpi.evaluation import judge
 from fedmpi.evaluation.task import Options
+from fedmpi.result import Result
 
 
 class Service:
@@ -71,7 +70,7 @@ def build(tmp_path, url) -> judge.Judged:
 def test_both_orders_three_times_and_the_relative_score(tmp_path, monkeypatch):
     monkeypatch.setenv(judge.KEY, "secret-key")
     with Service() as service:
-        result = evaluate.Result(tmp_path / "out", "judge", {}, build(tmp_path, service.url))
+        result = Result(tmp_path / "out", "judge", {}, build(tmp_path, service.url))
         found = result.make(Oracle({"7": "good", "1": "dull"}), 9)
     assert [record["ratings"] for record in found["records"]] == [[[5, 8], [4, 9]] * 3, [[9, 4], [8, 5]] * 3]
     assert (found["our_sum"], found["other_sum"]) == (8.5 + 4.5, 4.5 + 8.5) and found["score"] == 1.0
@@ -89,7 +88,7 @@ def test_a_busy_judge_is_asked_again(tmp_path, monkeypatch):
 
 def test_a_judge_that_fails_is_told_and_ratings_are_kept(tmp_path):
     with Service(faults=[200] * 6 + [401]) as service:
-        result = evaluate.Result(tmp_path / "out", "judge", {}, build(tmp_path, service.url))
+        result = Result(tmp_path / "out", "judge", {}, build(tmp_path, service.url))
         with pytest.raises(DataError, match="gave no reply .HTTP 401.: mend it and start again"):
             result.make(Oracle({"7": "good", "1": "dull"}), 1)
         found = result.make(Oracle({"7": "good", "1": "dull"}), 1)
@@ -98,7 +97,7 @@ def test_a_judge_that_fails_is_told_and_ratings_are_kept(tmp_path):
 
 def test_a_judge_that_only_talks_gives_no_score(tmp_path):
     with Service(text="Both are fine.") as service:
-        result = evaluate.Result(tmp_path / "out", "judge", {}, build(tmp_path, service.url))
+        result = Result(tmp_path / "out", "judge", {}, build(tmp_path, service.url))
         with pytest.raises(DataError, match="never began a reply with two numbers"):
             result.make(Oracle({"7": "good", "1": "dull"}), 1)
 
@@ -119,18 +118,3 @@ def test_answers_that_are_missing_are_told(tmp_path):
     )
     with pytest.raises(DataError, match="has no answer to question 1 and 0 others"):
         judge.build_judged(options, data.Config(), None)
-
-
-def test_the_harness_is_one_command_away(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    command = ["builtin:tiny", "--task", "lm_eval:arc_easy", "--rows", "3", "--device", "cpu", "--out", str(tmp_path)]
-    assert evaluate.main(command) == 2
-    assert "pip install 'fedmpi[eval]'" in capsys.readouterr().err
-    fake, seen = ModuleType("lm_eval"), {}
-    fake.simple_evaluate = lambda **given: (
-        seen.update(given) or {"results": {"arc_easy": {"acc": 0.5}}, "samples": {"arc_easy": [1]}}
-    )
-    monkeypatch.setitem(sys.modules, "lm_eval", fake)
-    assert evaluate.main(command) == 0
-    assert seen["tasks"] == ["arc_easy"] and seen["limit"] == 3 and "peft" not in seen["model_args"]
-    assert json.loads((tmp_path / "lm_eval-arc_easy.json").read_text())["results"] == {"arc_easy": {"acc": 0.5}}

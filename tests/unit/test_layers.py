@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2] / "fedmpi"
 FLOORS = {
     5: "run session keeper solo plan evaluate generate export report",
     4: "algorithms",
-    3: "accord federation checkpoint commits base emulation folder host progress recipe stop",
+    3: "accord federation checkpoint commits base emulation folder host progress recipe result stop target",
     2: "transports codecs training offsite evaluation",
     1: "messages manifest round world ledger meter aggregation models data",
     0: "tensors seeding config command errors lazy",
@@ -30,6 +30,7 @@ PLACES = {
     "datasets": ("data/",),
     "deepspeed": ("training/",),
 }
+PROGRAMS = ("recipe", "world", "run", "evaluate", "generate", "export")
 HEAVY = ("torch", "transformers", "peft", "datasets", "mpi4py", "bitsandbytes", "deepspeed")
 
 
@@ -76,7 +77,7 @@ def test_settings_load_without_torch() -> None:
     """`--help` reads every Config: the doors, the recipe, the algorithms and the program import nothing heavy."""
     doors = [module.removesuffix("/__init__") for module in MODULES if module.endswith("/__init__")]
     algorithms = [module for module in MODULES if module.startswith("algorithms/") and not module.endswith("__init__")]
-    names = ", ".join(f"fedmpi.{name.replace('/', '.')}" for name in [*doors, *algorithms, "recipe", "world", "run"])
+    names = ", ".join(f"fedmpi.{name.replace('/', '.')}" for name in [*doors, *algorithms, *PROGRAMS])
     code = f"import sys, {names}; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

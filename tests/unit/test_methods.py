@@ -224,9 +224,9 @@ def test_a_model_without_a_cache_of_keys_takes_no_prefix():
         models.add_adapter(transformers.MambaForCausalLM(config), PeftConfig(method="prefix"), 0)
 
 
-@pytest.mark.parametrize(("name", "words"), [("prompt", "do not know the virtual tokens"), ("none", "holds a whole model")])
+@pytest.mark.parametrize(("name", "words"), [("prompt", "do not know the virtual tokens"), ("none", "changes the model itself")])
 def test_the_harness_is_not_asked_what_it_would_score_wrongly(name, words, tmp_path):
     model = adapted(name)
     models.save_adapter(model, models.trainable(model), tmp_path)
     with pytest.raises(ConfigError, match=words):
-        harness.require_readable(tmp_path)
+        harness.require_readable(models.Config("any"), tmp_path)

@@ -1,0 +1,133 @@
+"""One evaluation on disk: its records while it runs, its result when it is done. It must never know a task's name."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmpi.checkpoint import write_atomically, writing
+from fedmpi.errors import ConfigError
+from fedmpi.folder import read_lines
+
+if TYPE_CHECKING:
+    from fedmpi.evaluation.decoding import Speaker
+    from fedmpi.evaluation.task import Task
+    from fedmpi.federation.post import Post
+
+
+def answered(task: "Task", speaker: "Speaker", chunk: Sequence[int]) -> dict[str, Any]:
+    """What a rank tells of a chunk: its records, and what they cost."""
+    before = getattr(speaker, "seconds", 0.0), getattr(speaker, "cut", 0)
+    records = task.ask(speaker, chunk)
+    after = getattr(speaker, "seconds", 0.0), getattr(speaker, "cut", 0)
+    return {"records": records, "model_seconds": after[0] - before[0], "prompts_cut": after[1] - before[1]}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One evaluation on disk: records one by one in NAME.jsonl while it runs, NAME.json when it is done."""
+
+    folder: Path
+    name: str
+    subject: Mapping[str, Any]
+    task: "Task"
+
+    @property
+    def path(self) -> Path:
+        """The finished result."""
+        return self.folder / f"{self.name}.json"
+
+    @property
+    def part(self) -> Path:
+        """The records so far; its first line says of what."""
+        return self.folder / f"{self.name}.jsonl"
+
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on, as plain values."""
+        facts: dict[str, Any] = json.loads(json.dumps({"subject": self.subject, **self.task.facts()}))
+        return facts
+
+    def finished(self, again: bool) -> dict[str, Any] | None:
+        """The result that is there already, if it is of the same settings."""
+        if again:
+            self.path.unlink(missing_ok=True)
+            self.part.unlink(missing_ok=True)
+        if not self.path.exists():
+            return None
+        found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        self._same(found["settings"], self.path)
+        return found
+
+    def make(self, speaker: "Speaker", chunk: int, post: "Post | None" = None) -> dict[str, Any]:
+        """Ask what is not answered yet, with the help of other ranks where there are any, and finish.
+
+        A chunk is asked whole or not at all: who else is in a batch moves a loss by the noise of a forward pass.
+        """
+        from fedmpi.federation.shards import handed_out
+        from fedmpi.host import environment
+
+        began, known = time.monotonic(), self._known()
+        ids = self.task.ids
+        chunks = [list(range(start, min(start + chunk, len(ids)))) for start in range(0, len(ids), chunk)]
+        missing = [one for one in chunks if any(ids[index] not in known for index in one)]
+        costs = {"model_seconds": 0.0, "prompts_cut": 0}
+        with _appending(self.part) as file:
+            for told in handed_out(post, missing, partial(answered, self.task, speaker)):
+                for record in told["records"]:
+                    known[record["id"]] = record
+                    file.write(json.dumps(record) + "\n")
+                file.flush()
+                costs = {key: costs[key] + told[key] for key in costs}
+        records = [known[name] for name in ids]
+        result = {
+            "task": self.name,
+            **self.task.score(records),
+            "settings": self.settings(),
+            "seconds": time.monotonic() - began,
+            **costs,
+            "asked_now": sum(map(len, missing)),
+            "ranks": 1 if post is None else post.transport.size,
+            **environment(),
+            "records": records,
+        }
+        write_atomically(self.path, json.dumps(result, indent=1) + "\n")
+        self.part.unlink()
+        return result
+
+    def _known(self) -> dict[str, dict[str, Any]]:
+        """Records of an interrupted evaluation; the file is begun where there is none."""
+        lines = list(read_lines(self.part))
+        if lines:
+            self._same(lines[0]["settings"], self.part)
+        whole = [{"settings": self.settings()}, *lines[1:]]  # a last line that was cut short is gone from here on
+        write_atomically(self.part, "".join(json.dumps(line) + "\n" for line in whole))
+        return {line["id"]: line for line in lines[1:]}
+
+    def _same(self, found: Mapping[str, Any], path: Path) -> None:
+        wanted = self.settings()
+        if differ := sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)):
+            raise ConfigError(
+                f"{path} is of other settings ({', '.join(differ)} differ): give --again to discard it, or --out for another folder"
+            )
+
+
+def _appending(path: Path) -> Any:
+    with writing(str(path), "make room or give another --out"):
+        return path.open("a", encoding="utf-8")
+
+
+def show(result: Mapping[str, Any], path: Path) -> None:
+    """The scores, in lines."""
+    interval = result.get("interval") or {}
+    between = f" ({interval['low']:.4f} to {interval['high']:.4f}, {interval['method']})" if interval.get("low") is not None else ""
+    score = result.get("score")
+    print(f"{result['task']}: {'no score' if score is None else f'{score:.4f}'}{between}")
+    for key, value in result.items():
+        if isinstance(value, int | float) and key not in ("score", "seconds", "model_seconds", "asked_now", "ranks", "threads"):
+            print(f"  {key}: {value:.4f}" if isinstance(value, float) else f"  {key}: {value}")
+    if worst := result.get("worst_client"):
+        print(f"  worst client: {worst['client']} (loss {worst['loss']:.4f} over {worst['num_tokens']} tokens)")
+    print(f"  all outputs: {path}", flush=True)
