@@ -27,6 +27,8 @@ def numbers(recipe: "Recipe") -> None:
             raise ConfigError(f"{key} {getattr(recipe, key)}: at least {least} is needed")
     if recipe.clients is not None and recipe.clients < 1:
         raise ConfigError(f"clients {recipe.clients}: at least 1 is needed")
+    if recipe.time_left_s is not None and not recipe.time_left_s > 0:
+        raise ConfigError(f"time_left_s {recipe.time_left_s}: give seconds above 0, or leave it out")
     if recipe.link_mbps is not None and not recipe.link_mbps > 0:
         raise ConfigError(f"link_mbps {recipe.link_mbps}: give a speed above 0")
     if not 0 < recipe.timeout_s <= _WEEK_S:

@@ -6,6 +6,7 @@ It knows any algorithm by its `run_round` and its server's `adapter` and `SAVED`
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -25,6 +26,7 @@ from fedmpi.round import End, Round
 from fedmpi.stop import Stop
 from fedmpi.tensors import Tensors, part, prefixed
 
+RECENT = 10  # rounds by which the time for the next one is reckoned
 COSTS = ("tokens", "flops", "steps", "turn_s", "peak_rss_bytes", "peak_gpu_bytes", "energy_j")
 _NEW = {"best": None, "worse": 0, "seconds": 0.0, "steps": 0.0, "train_s": 0.0}
 
@@ -45,6 +47,7 @@ class Keeper:
     history: dict[str, Any] = field(default_factory=lambda: dict(_NEW))
 
     def __post_init__(self) -> None:
+        self.spans: deque[float] = deque(maxlen=RECENT)  # seconds of the last rounds, lost ones too
         self.commits = Commits(self.folder, partial(setattr, self.fed.conductor, "durable"))
 
     def rounds(self, server: Any, parties: Mapping[int, Any], record: Mapping[str, Any] | None) -> Any:
@@ -71,7 +74,7 @@ class Keeper:
                         after = self.algorithm.run_round(self.fed, rnd, server, parties)
                         conductor.largest = aggregation.largest(after.adapter)
                     except QuorumLost as lost:
-                        self._lost(rnd, server, str(lost))
+                        self._lost(rnd, server, began, str(lost))
                         continue
                     server = after
                     self._after_round(rnd, server, began, progress)
@@ -79,13 +82,13 @@ class Keeper:
             progress.close()
         return server
 
-    def _lost(self, rnd: Round, server: Any, why: str) -> None:
+    def _lost(self, rnd: Round, server: Any, began: float, why: str) -> None:
         """A round that did not count. Where the run ends with it, what counted since the last checkpoint is made durable."""
         conductor = self.fed.conductor
         assert conductor is not None
         self._line({"round": rnd.index, "event": "quorum_lost", "message": why, "attempt": rnd.attempt})
         print(f"fedmpi: {why}", file=sys.stderr, flush=True)
-        self._heed_signals(conductor)
+        self._heed(conductor, rnd.index, began)
         if not conductor.end:
             return self.commits.check()
         self.commits.wait()
@@ -108,6 +111,7 @@ class Keeper:
         self._line(line)
         self.owned.update(self.fed.outcome.owned)
         self._decide(conductor, line)
+        self._heed(conductor, rnd.index + 1, began)
         self.commits.check()
         if last or conductor.end or (rnd.index + 1) % self.recipe.checkpoint_every == 0:
             self._commit(rnd.index, server)
@@ -127,14 +131,22 @@ class Keeper:
             self.history["best"] = line[judged] if better else self.history["best"]
         if self._waited_enough():
             conductor.end = End.FINISHED
-        self._heed_signals(conductor)
 
     def _waited_enough(self) -> bool:
         """Whether early stopping has set in; a resumed run asks before its first round."""
         return 0 < self.recipe.early_stop <= int(self.history["worse"])
 
-    def _heed_signals(self, conductor: Conductor) -> None:
-        if not conductor.end and self.stop.wanted():
+    def _heed(self, conductor: Conductor, following: int, began: float) -> None:
+        """Somebody was told to stop, or the next round would be cut off: the run ends here, and a restart goes on."""
+        self.spans.append(time.monotonic() - began)
+        if conductor.end or following >= self.recipe.rounds:
+            return
+        needed_s, left_s = max(self.spans) + self.commits.slowest_s, self.stop.left_s()
+        if left_s < needed_s:
+            self.stop.time_is_up = True
+            said = f"{max(0.0, left_s):.0f} s are left of the job's time, a round and its checkpoint took up to {needed_s:.0f} s"
+            print(f"fedmpi: {said}: round {following} is not begun", flush=True)
+        if self.stop.time_is_up or self.stop.wanted():
             conductor.end = End.SIGNAL
 
     def _figures(self, rnd: Round) -> dict[str, Any]:

@@ -27,6 +27,7 @@ _NOT_THE_EXPERIMENT = (
     "ranks_per_client",
     "groups",
     "timeout_s",
+    "time_left_s",
     "keep",
     "checkpoint_every",
     "link_mbps",
@@ -53,6 +54,8 @@ class Recipe:
         threads: torch threads of every rank, whatever the launcher
         device: auto, cpu, cuda, or cuda:1
         timeout_s: seconds without a byte or a heartbeat after which a peer counts as silent
+        time_left_s: seconds that the job may run from its start on: a round that would not end in them is not begun; default what
+            Slurm says of the job's time limit
         early_stop: stop after so many evaluations without a better held-out loss; 0 = never
         resume: auto = continue a run of the same configuration; never = refuse a used folder; must = refuse an empty one
         checkpoint_every: rounds between durable states
@@ -82,6 +85,7 @@ class Recipe:
     threads: int = 1
     device: str = "auto"
     timeout_s: float = 60.0
+    time_left_s: float | None = None
     early_stop: int = 0
     resume: Literal["auto", "never", "must"] = "auto"
     checkpoint_every: int = 1

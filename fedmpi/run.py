@@ -5,12 +5,13 @@
     mpirun -n 4 python -m fedmpi.run --config RECIPE.yaml
 
 Exit codes: 0 finished, 1 failed (a rank that never came or went away too), 2 the settings or the launcher's variables are not
-possible, 75 stopped by a signal after committing the round in hand, 130 left at once at the second Ctrl-C.
+possible, 75 stopped by a signal, or short of time, after committing the round in hand, 130 left at once at the second Ctrl-C.
 """
 
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmpi import config, recipe, training
+from fedmpi import config, recipe, timeleft, training
 from fedmpi.command import FAILED, FINISHED, STOPPED, fail, guarded
 from fedmpi.errors import CheckpointError, QuorumLost
 from fedmpi.recipe import Recipe
@@ -58,6 +59,8 @@ def start(wanted: Recipe, own: Any, world: World) -> int:
     torch.set_num_threads(wanted.threads)
     stop = Stop()
     stop.install()
+    if world.rank == 0 or wanted.scenario != "fed":  # who decides whether another round begins
+        stop.until = time.monotonic() + timeleft.seconds(wanted.time_left_s, os.environ)
     if world.rank == 0:
         print(f"fedmpi: {world.describe()}", flush=True)
     with open_transport(world, wanted.timeout_s) as transport:
@@ -134,7 +137,8 @@ class Program:
             if end is End.SIGNAL:
                 self._tell(path, "preempted")
                 if self.world.rank == 0:
-                    print(f"fedmpi: told to stop, and stopped after a committed round: {_AGAIN}", flush=True)
+                    why = "out of time" if self.stop.time_is_up else "told to stop"
+                    print(f"fedmpi: {why}, and stopped after a committed round: {_AGAIN}", flush=True)
                 return STOPPED
             if end is not End.FINISHED:
                 self._tell(path, "failed")
@@ -228,8 +232,9 @@ class Program:
         if self.world.rank == 0:
             from fedmpi.checkpoint import write_atomically
 
+            said = {"state": state, "signal": self.stop.signal, "time_is_up": self.stop.time_is_up}
             with suppress(CheckpointError) if state == "failed" else nullcontext():  # a full disk is told of already
-                write_atomically(path / "state.json", json.dumps({"state": state, "signal": self.stop.signal}) + "\n")
+                write_atomically(path / "state.json", json.dumps(said) + "\n")
 
 
 def _completed(host: "Host", jobs: "Mapping[int, Session]", client: int, adapter: "Tensors") -> dict[str, Any]:

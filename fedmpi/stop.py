@@ -1,6 +1,11 @@
-"""Being told to stop: TERM, USR1 and Ctrl-C finish the round in hand instead of ending the process. It knows signals alone."""
+"""Being told to stop: TERM, USR1 and Ctrl-C finish the round in hand instead of ending the process, and so does time that runs out.
 
+It knows signals and the clock alone.
+"""
+
+import math
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
@@ -11,6 +16,8 @@ class Stop:
     """Whether this process has been told to stop, and by what. Set by signal handlers, read between rounds."""
 
     signal: str | None = None
+    until: float = math.inf  # when the job ends, by this machine's monotonic clock, which no change of date moves
+    time_is_up: bool = False  # what is left did not suffice for another round
     tell: Callable[[], None] | None = None  # passes it on to the other ranks; safe in a signal handler
     hear: Callable[[], bool] | None = None  # whether another rank was told
 
@@ -28,6 +35,10 @@ class Stop:
     def wanted(self) -> bool:
         """Whether the job is to stop, whichever rank was told."""
         return self.signal is not None or (self.hear is not None and self.hear())
+
+    def left_s(self) -> float:
+        """Seconds that the job may still run."""
+        return self.until - time.monotonic()
 
     def _noted(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal:

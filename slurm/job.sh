@@ -6,19 +6,28 @@
 #   SLURM_MPI_TYPE     srun's own variable: pmix lets the ranks talk over MPI
 #
 # Without --run_dir the run folder is runs/slurm-JOBID below the folder of submission, so that the job finds it again.
+#
+# In a job array %a stands for the task's number in every argument:  sbatch --array=0-4 slurm/fedavg.sh --seed %a  has five seeds.
+# All tasks are given the same words, so a --run_dir without %a would be one folder for all: each takes the folder of its number in it.
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${FEDMPI_PYTHON:-$repository/.venv/bin/python}
 [ -x "$python" ] || python=python3
 
-run_dir=runs/slurm-$SLURM_JOB_ID
+task=${SLURM_ARRAY_TASK_ID:-}
+run_dir=runs/slurm-$SLURM_JOB_ID${task:+-$task}
 previous=
 for word in "$@"; do
   case $previous in --run_dir) run_dir=$word ;; esac
   case $word in --run_dir=*) run_dir=${word#*=} ;; esac
   previous=$word
 done
-set -- --run_dir "$run_dir" "$@"
+if [ -n "$task" ]; then
+  case $run_dir in *%a* | runs/slurm-"$SLURM_JOB_ID-$task") ;; *) run_dir=$run_dir/$task ;; esac
+  run_dir=${run_dir//%a/$task}
+  set -- "${@//%a/$task}"
+fi
+set -- "$@" --run_dir "$run_dir"  # the last of two counts
 
 # The ranks stop together after a committed round, so no exit code of one of them may make Slurm kill the others.
 step() {
@@ -52,7 +61,9 @@ echo "job $SLURM_JOB_ID: the step ended with code $code, $run_dir/state.json say
 
 # Codes: 75 stopped after a committed round, 138 the signal came before the program listened. A torchrun agent hides both,
 # and srun may be signalled before it has a step: then the state file decides, and only a run that has ended stays ended.
+# Without a signal the program may have seen for itself that the time left was too short for another round.
 again=
+if [ "$code" != 0 ] && [ "$state" = preempted ] && grep -q '"time_is_up": true' "$run_dir/state.json"; then again=1; fi
 if [ -n "$signalled" ] && [ "$code" != 0 ]; then
   case $code:$state in 75:* | 138:*) again=1 ;; *:finished | *:failed) ;; *) again=1 ;; esac
 fi

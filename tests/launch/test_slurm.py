@@ -49,6 +49,11 @@ def test_srun_with_pmix_gives_the_same_bytes_over_mpi(slurm: Cluster, tmp_path: 
     assert adapter_of(tmp_path / "run") == expected
 
 
+def test_a_job_knows_how_long_it_may_run(slurm: Cluster) -> None:
+    ask = "import os; from fedmpi import timeleft; print(timeleft.seconds(None, os.environ))"
+    assert 420 < float(slurm.run("srun", "--time=9", PYTHON, "-c", ask, **of_the_program())) <= 540
+
+
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_a_signalled_job_commits_is_requeued_and_ends_in_the_same_bytes(
     launcher: str, slurm: Cluster, tmp_path: Path, expected: str

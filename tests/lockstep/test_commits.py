@@ -11,8 +11,9 @@ import pytest
 from fedmpi.commits import Commits
 from fedmpi.errors import CheckpointError
 from fedmpi.federation.lockstep import Federation
-from fedmpi.folder import RunFolder
+from fedmpi.folder import RunFolder, read_metrics
 from fedmpi.recipe import algorithm, known_algorithms
+from fedmpi.stop import Stop
 from fedmpi.tensors import digest
 from tests.lockstep.ranks import adapter, recipe, run
 
@@ -98,3 +99,22 @@ def test_a_disk_that_fails_while_training_goes_on_loses_nothing(
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
     rounds = [[json.loads(line)["round"] for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("run", "whole")]
     assert rounds == [[-1, 0, 1, 1, 2, 3], [-1, 0, 1, 2, 3]]  # with a line that says where it went on
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_round_that_would_be_cut_off_is_not_begun(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: int
+) -> None:
+    """After round 0 there is time for more, after round 1 there is none."""
+    left = iter((1000.0, 0.0))
+    monkeypatch.setattr(Stop, "left_s", lambda stop: next(left))
+    wanted = recipe(*settings, "--clients_per_round=2", "--eval_every=0")
+    assert run(wanted, tmp_path / "run", size) == [75] * size
+    assert [line["round"] for line in read_metrics(tmp_path / "run")] == [-1, 0, 1]
+    assert json.loads((tmp_path / "run" / "state.json").read_text()) == {"state": "preempted", "signal": None, "time_is_up": True}
+    said = [line for line in capsys.readouterr().out.splitlines() if "is not begun" in line]
+    assert len(said) == 1 and "0 s are left" in said[0] and "round 2" in said[0]
+    monkeypatch.setattr(Stop, "left_s", lambda stop: 1000.0)
+    assert run(wanted, tmp_path / "run", 2) == [0, 0]
+    assert run(wanted, tmp_path / "whole") == [0]
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
