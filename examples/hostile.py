@@ -23,6 +23,8 @@ from fedmpi.round import Round
 from fedmpi.seeding import seed_for
 from fedmpi.tensors import Tensors
 
+SINGLE = True  # who lies has seen what every other client sends
+
 
 @dataclass(frozen=True)
 class Config:

@@ -5,6 +5,7 @@ Every rule looks at a whole recipe. It must never know a model, data or ranks.
 
 from typing import TYPE_CHECKING
 
+from fedmpi import exchange
 from fedmpi.aggregation import FOLDING, ServerConfig
 from fedmpi.errors import ConfigError
 from fedmpi.offsite import Config as OffsiteConfig
@@ -131,7 +132,7 @@ def server_optimizer(recipe: "Recipe") -> None:
         raise ConfigError("server.* are settings of the server's optimiser: give server_optimizer avgm, adam, yogi or adagrad")
 
 
-RULES = (numbers, ranks, cohort, codec, places, method, quantization, rule, robust, server_optimizer)
+RULES = (numbers, ranks, cohort, codec, exchange.fits, places, method, quantization, rule, robust, server_optimizer)
 
 
 def with_offsite(recipe: "Recipe", scheme: Scheme | None) -> None:

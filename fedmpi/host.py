@@ -99,13 +99,20 @@ class Host:
 
     def check(self, server: Any, rnd: Round, beside: Tensors | None = None) -> "aggregation.Check":
         """What every update of the round must be before it touches anything; tensors like `beside` come with the adapter."""
-        names = aggregation.trained(server.adapter, self.rules.rule, rnd.index)
-        most = aggregation.most_of(aggregation.largest(server.adapter))
-        farthest = aggregation.most_move(self.rules, server.memory)
+        return self._check(server.adapter, server.memory, rnd, beside or {})
+
+    def own_check(self, sent: Tensors, rnd: Round) -> "aggregation.Check":
+        """The same on a client's rank, for updates that nobody sees once they are added up."""
+        return self._check(self.base.part(sent, "adapter") if self.base.layout else sent, {}, rnd, {})
+
+    def _check(self, adapter: Tensors, memory: Tensors, rnd: Round, beside: Tensors) -> "aggregation.Check":
+        names = aggregation.trained(adapter, self.rules.rule, rnd.index)
+        most = aggregation.most_of(aggregation.largest(adapter))
+        farthest = aggregation.most_move(self.rules, memory)
 
         def check(client: int, like: Tensors) -> "Callable[[int, Any], float]":
-            own = self._at_rank(client, {name: server.adapter[name] for name in names})
-            return aggregation.begin(aggregation.Wanted({**own, **(beside or {})}, most, farthest, own), like)
+            own = self._at_rank(client, {name: adapter[name] for name in names})
+            return aggregation.begin(aggregation.Wanted({**own, **beside}, most, farthest, own), like)
 
         return check
 

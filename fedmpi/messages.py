@@ -53,6 +53,9 @@ class Kind(IntEnum):
     FOLD = 16
     SUPPLY = 17
     CODED = 18  # a broadcast or an update under a codec chain
+    ADDED = 19  # the figures of a client whose update its rank has added to its sum
+    SUM = 20  # what a rank has added up
+    TOGETHER = 21  # a collective follows, which all ranks take part in
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, Literal
 
-from fedmpi import accord, codecs, config
+from fedmpi import accord, codecs, config, exchange
 from fedmpi.aggregation import Config as AggregationConfig
 from fedmpi.aggregation import Optimizer, ServerConfig
 from fedmpi.data import Config as DataConfig
 from fedmpi.errors import ConfigError
 from fedmpi.evaluation import Config as EvalConfig
+from fedmpi.exchange import Exchange
 from fedmpi.models import Config as ModelConfig
 from fedmpi.models import PeftConfig
 from fedmpi.offsite import Config as OffsiteConfig
@@ -31,6 +32,7 @@ _NOT_THE_EXPERIMENT = (
     "keep",
     "checkpoint_every",
     "link_mbps",
+    "exchange",
 )
 
 
@@ -66,6 +68,8 @@ class Recipe:
         codec: what tensors are coded by on their way: raw, or stages such as delta,int8,ef,zstd (see fedmpi.codecs)
         codec_up: of updates, where it differs
         codec_down: of broadcasts, where it differs
+        exchange: star = every update travels by itself; sums = a rank adds up those of its clients first, exactly; collective =
+            broadcasts and sums go by collectives of all ranks; auto = star or sums, by what is less to send; the same bytes result
         transport: auto, torch or mpi; decides where the environment is ambiguous
         link_mbps: speed of a client's link, for the seconds that its transfers would take there; default unknown
     """
@@ -96,6 +100,7 @@ class Recipe:
     codec: str = "raw"
     codec_up: str | None = None
     codec_down: str | None = None
+    exchange: Exchange = "star"
     transport: Literal["auto", "torch", "mpi"] = "auto"
     link_mbps: float | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -158,6 +163,7 @@ def read(arguments: Sequence[str], program: str, about: str) -> tuple[Recipe, An
     given: dict[str, Any] = {key: getattr(namespace, key) for key in Recipe.__dataclass_fields__}
     wanted = Recipe(**given)
     accord.with_offsite(wanted, getattr(module, "SCHEME", None))
+    exchange.fits(wanted, module)
     if hasattr(module, "require"):
         module.require(wanted)
     return wanted, getattr(namespace, group) if has_settings else module.Config()

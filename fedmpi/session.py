@@ -10,11 +10,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fedmpi import aggregation, checkpoint, config
+from fedmpi import aggregation, checkpoint, config, exchange
 from fedmpi.errors import ConfigError
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import Federation
 from fedmpi.federation.post import Post
+from fedmpi.federation.sums import Terms
 from fedmpi.folder import RunFolder
 from fedmpi.host import Host
 from fedmpi.keeper import Keeper, restored
@@ -55,13 +56,18 @@ class Session:
         answer = partial(self.host.score_each, clients=hosted)
         folds = self.host.base.folds
         folds.restore({})  # another training may have stood on this base
+        num_examples = {client: self.host.num_examples(client) for client in hosted}
+        way = exchange.choose(recipe, self.algorithm, placement, self._cohort_size(clients))
+        if way.reason and rank == SERVER and self.post is not None:
+            print(f"fedmpi: {self.title}: exchange auto is {way.exchange}: {way.reason}", flush=True)
         fed = Federation(
             placement, rank, self.post, vault=vault, near=self.near, ground=folds, answer=answer, device=self.host.base.device,
-            up=recipe.chain("up"), down=recipe.chain("down"),
+            up=recipe.chain("up"), down=recipe.chain("down"), collective=way.exchange == "collective",
+            terms=None if way.exchange == "star" else Terms(recipe.weights, num_examples, self.host.own_check),
         )  # fmt: skip
         # ranks that read other rows are as foreign as ranks with other settings
-        experiment = f"{self.experiment} on data {config.digest(self.host.parties.record)}"
-        sizes = fed.greet(experiment, {c: self.host.num_examples(c) for c in hosted}, {c: self.host.about(c) for c in hosted})
+        experiment = f"{self.experiment} by {way.exchange} on data {config.digest(self.host.parties.record)}"
+        sizes = fed.greet(experiment, num_examples, {c: self.host.about(c) for c in hosted})
         parties = {c: self.algorithm.build_client(self.own, self.host, c) for c in hosted}
         if rank != SERVER:
             if not hosted:
@@ -133,10 +139,14 @@ class Session:
         folding = self.host.rules.rule in aggregation.FOLDING
         return 4 * num_bytes(adapter) + (self.host.base.folds.most_bytes() if folding else 0)
 
+    def _cohort_size(self, num_clients: int) -> int:
+        sampling = self.recipe.sampling
+        fixed = sampling.startswith("fixed:")
+        return len(fixed_cohort(sampling, num_clients)) if fixed else cohort_size(self.recipe.clients_per_round, num_clients)
+
     def _conductor(self, sizes: Mapping[int, int], first_round: int) -> Conductor:
         recipe, num_clients = self.recipe, len(sizes)
-        fixed = recipe.sampling.startswith("fixed:")
-        size = len(fixed_cohort(recipe.sampling, num_clients)) if fixed else cohort_size(recipe.clients_per_round, num_clients)
+        size = self._cohort_size(num_clients)
         if recipe.min_clients > size:
             raise ConfigError(f"min_clients {recipe.min_clients} of a cohort of {size}: no round could ever count")
         return Conductor(

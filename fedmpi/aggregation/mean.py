@@ -49,6 +49,7 @@ class Piece:
     first: int  # how many elements of the update come before these, in the order of `like`
     values: torch.Tensor
     most: float | None = None  # their largest magnitude, where somebody has looked already
+    added: bool = False  # these are sums already: whole numbers of grid steps, in float64, of updates that weigh so much together
     back: bool = False  # these came before and were added, and are to be taken back
 
 
@@ -84,14 +85,13 @@ def exact_mean(updates: Iterable[Weighted] | Streamed, scale: int) -> Tensors:
 
 def mean_of(pieces: Iterable[Piece | Void], scale: int) -> Tensors:
     """The exact mean of updates in pieces. What is void must have been taken back by its pieces; else there is no mean."""
-    sums: _Sums | None = None
+    sums: Sums | None = None
     for piece in pieces:
         if isinstance(piece, Void):
             if sums is not None and piece.update in sums.weights:
                 raise TrainingError(f"update {piece.update} broke off, and what was added of it cannot be taken back")
             continue
-        if sums is None:
-            sums = _Sums(piece.like, scale, room(sum(tensor.numel() for tensor in piece.like.values()), torch.float64))
+        sums = sums or Sums.of(piece.like, scale)
         sums.add(piece)
     if sums is None or not sum(sums.weights.values()):
         raise TrainingError("the exact mean needs at least one update with a positive weight, found none")
@@ -122,12 +122,16 @@ def _pieces(updates: Iterable[Weighted]) -> Iterator[Piece]:
     like: Tensors = {}
     for number, update in enumerate(updates):
         like = like or {name: torch.empty_like(tensor, device="meta") for name, tensor in update.tensors.items()}
-        _same_shapes(like, update.tensors)
-        first = 0
-        for names in _runs(like):
-            values = _flat([update.tensors[name] for name in names])
-            yield Piece(number, update.weight, like, first, values)
-            first += values.numel()
+        yield from _cut(number, update, like)
+
+
+def _cut(number: int, update: Weighted, like: Tensors) -> Iterator[Piece]:
+    _same_shapes(like, update.tensors)
+    first = 0
+    for names in _runs(like):
+        values = _flat([update.tensors[name] for name in names])
+        yield Piece(number, update.weight, like, first, values)
+        first += values.numel()
 
 
 def _runs(like: Tensors) -> Iterator[list[str]]:
@@ -172,8 +176,8 @@ def _same_shapes(like: Tensors, tensors: Tensors) -> None:
 
 
 @dataclass
-class _Sums:
-    """Whole numbers of grid steps, by element; and what bounds them."""
+class Sums:
+    """Whole numbers of grid steps, by element; and what bounds them. A rank may add up what is its own and pass that on."""
 
     like: Tensors
     scale: int
@@ -184,11 +188,21 @@ class _Sums:
     _most: dict[int, float] = field(default_factory=dict)  # by update, the largest magnitude so far, in grid steps
     _block: torch.Tensor = field(default_factory=lambda: torch.empty(_BLOCK, dtype=torch.float64))
 
+    @staticmethod
+    def of(like: Tensors, scale: int) -> "Sums":
+        """Of nothing yet."""
+        return Sums(like, scale, room(sum(tensor.numel() for tensor in like.values()), torch.float64))
+
+    def take(self, update: Weighted, number: int) -> None:
+        """Add a whole update, which is none of those before."""
+        for piece in _cut(number, update, self.like):
+            self.add(piece)
+
     def add(self, piece: Piece) -> None:
         """Add a piece, or take it back, block by block: each is looked at, scaled, rounded and added while it is in the cache."""
         if piece.update not in self.weights:
             self._begin(piece)
-        factor = math.ldexp(piece.weight, self.scale)
+        factor = 1.0 if piece.added else math.ldexp(piece.weight, self.scale)
         others = sum(most for update, most in self._most.items() if update != piece.update) + len(self._most)
         stop = piece.first
         for part in torch.split(piece.values, _BLOCK):

@@ -63,6 +63,9 @@ class Spool:
                 if piece.update in tapes:
                     yield from self._backwards(tapes.pop(piece.update))
                 continue
+            if piece.added:  # its own rank has looked at what is in it: it cannot be void
+                yield piece
+                continue
             tape = tapes.get(piece.update) or tapes.setdefault(piece.update, _tape(piece))
             if keep or piece.values.numel() < tape.num_elements:  # one that is all of its update was seen whole before
                 self._record(tape, piece)

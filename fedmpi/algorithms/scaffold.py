@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedmpi.tensors import Tensors
     from fedmpi.training import Step
 
+SINGLE = True  # the server weighs control variates otherwise than adapters
 CONTROL, KEPT = "control/", "optimiser/"
 
 

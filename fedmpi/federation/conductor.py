@@ -61,9 +61,7 @@ class Conductor:
 
     def weight(self, client: int, processed: float) -> int:
         """What an update weighs. Identity and size come from the start of the run, never from the update."""
-        if self.weights == "processed":
-            return max(1, min(int(processed), self.num_examples[client]))
-        return self.most(client)
+        return weight_of(self.weights, self.num_examples[client], processed)
 
     def judge(self, rnd: Round, counted: Sequence[int], failures: Mapping[int, str]) -> None:
         """The verdict on a round whose updates are all in; too few of them are a QuorumLost."""
@@ -80,3 +78,10 @@ class Conductor:
             self.end = End.GIVEN_UP
             raise QuorumLost(f"{problem}; the run stops after attempt {rnd.attempt + 1}")
         raise QuorumLost(f"{problem}; the round is repeated")
+
+
+def weight_of(weights: str, num_examples: int, processed: float) -> int:
+    """What the update of a client of this size weighs."""
+    if weights == "processed":
+        return max(1, min(int(processed), num_examples))
+    return 1 if weights == "equal" else num_examples

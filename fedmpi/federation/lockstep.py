@@ -15,11 +15,13 @@ from fedmpi.federation.arrivals import Arrivals, Tally
 from fedmpi.federation.coding import Downlink
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.ground import Ground, Levelling
+from fedmpi.federation.joint import Added, Joint
 from fedmpi.federation.meeting import About, Meeting
 from fedmpi.federation.owned import Owned
 from fedmpi.federation.post import Post, content
+from fedmpi.federation.sums import Answers, Own, Terms, send
 from fedmpi.federation.turns import C, Turns, hand_in
-from fedmpi.federation.updates import Outcome, Update, Vault
+from fedmpi.federation.updates import Failure, Outcome, Update, Vault
 from fedmpi.ledger import Ledger
 from fedmpi.messages import Kind
 from fedmpi.round import SERVER, End, Placement, Round
@@ -41,6 +43,8 @@ class Federation:
     ground: Ground | None = None  # what each process holds once and the server may change
     up: Chain = field(default_factory=Chain)  # what updates are coded by
     down: Chain = field(default_factory=Chain)  # and broadcasts
+    terms: Terms | None = None  # where ranks add up what their own clients made
+    collective: bool = False  # and the sums of all ranks, like broadcasts, go by collectives
     answer: scores.Answer | None = None  # how clients that live here score what the server asks about, on rows of their own
     outcome: Outcome = field(default_factory=Outcome)
     ledger: Ledger = field(default_factory=Ledger)
@@ -50,8 +54,9 @@ class Federation:
         self._meeting = Meeting(self.placement, self.rank, self.post, self.near)
         self._owned = Owned(self.vault, self._meeting.leads)
         self._turns = Turns(self._meeting, self._owned, self.up, self.device)
+        self._joint = Joint(self.post, self.placement, self.ledger) if self.collective and self.post is not None else None
         self.downlink = Downlink(self.down)
-        self._sent: Tensors = {}  # the round's broadcast, where updates are differences from it
+        self._sent: Tensors = {}  # the round's broadcast, where updates are compared with it
         self._held: Tensors = {}  # the last broadcast that came here, where broadcasts are differences
         self._levelling = Levelling(self.ground, self.placement) if self.ground is not None else None
 
@@ -73,13 +78,15 @@ class Federation:
         rnd = self._now
         if rnd is None:
             raise RuntimeError("no round has begun: call this inside `for rnd in fed.rounds()`")
-        if tensors is not None:
+        if self._joint is not None:
+            sent = self._joint.receive(rnd) if tensors is None else self._joint.spread(rnd, tensors)
+        elif tensors is not None:
             sent = self._spread(rnd, tensors)
         elif self.post is None or not self._hosted_in(rnd):
             return {}
         else:
             sent = self._received(rnd, self.post)
-        self._sent = sent if self.up.delta else {}
+        self._sent = sent if self.up.delta or self.terms is not None else {}
         return sent
 
     def _received(self, rnd: Round, post: Post) -> Tensors:
@@ -112,6 +119,8 @@ class Federation:
         is a Failure. The exact mean takes the updates from the links in pieces; who iterates gets them whole.
         """
         outcomes = (self._turns.take(rnd, clients[client], work, self._sent) for client in self._hosted_in(rnd))
+        if self.terms is not None and self.post is not None:
+            return self._reduced(rnd, outcomes, self.terms, self.post)
         if self.conductor is not None:
             tally = Tally(rnd, self.conductor, self.outcome, self.ledger, check)
             if self.post is None:
@@ -121,6 +130,19 @@ class Federation:
         for outcome in outcomes:  # now, not lazily: a client rank never reads what it gathered
             if self._meeting.leads:
                 hand_in(self.post, rnd, outcome)
+        return ()
+
+    def _reduced(self, rnd: Round, outcomes: Iterable[Update | Failure], terms: Terms, post: Post) -> Iterable[Update]:
+        """Each rank adds up what its own clients made, and looks at it before; the server gets the sums, for an exact mean."""
+        if self.conductor is not None:
+            tally = Tally(rnd, self.conductor, self.outcome, self.ledger)
+            return Added(Answers(post, self.placement, tally, self._sent), self._joint)
+        own = Own(terms, rnd, terms.check(self._sent, rnd))
+        own.hand_in(post, outcomes)
+        if self._joint is not None:
+            self._joint.hand_in(rnd, own)
+        else:
+            send(post, rnd, own)
         return ()
 
     @property
@@ -152,10 +174,14 @@ class Federation:
         """The server says where the run stands; each rank takes up the client-owned state that the last durable round names."""
         named = self._meeting.welcome(owned, limit_bytes)
         self._owned.resume(named, self.placement.hosted_by(self.rank))
+        if self._joint is not None:
+            self._joint.meet()
 
     def farewell(self) -> None:
         """Nobody leaves before what was sent and what was received are found equal."""
         self._meeting.farewell()
+        if self._joint is not None:
+            self._joint.leave()
 
     def close_books(self) -> dict[str, int]:
         """The bytes of the round: what carried tensors, and everything else as control bytes."""

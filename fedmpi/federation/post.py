@@ -36,7 +36,7 @@ class Post:
     def receive(self, peers: Collection[int], phase: str) -> Message:
         """The next message of any of these peers, manifests aside: those are learnt on the way."""
         while True:
-            with self._apart():
+            with self.apart():
                 message = self.transport.receive(peers, phase)
             if message.header.kind is not Kind.MANIFEST:
                 return message
@@ -94,6 +94,18 @@ class Post:
         header = Header(Kind.CODED, round_index, client, len(coded.body), coded.manifest.hash)
         said = {**(note or {}), "against": coded.against}
         self._send(peers, header, memoryview(coded.body), json.dumps(said).encode())
+
+    def send_note(
+        self, peers: Collection[int], kind: Kind, manifest: Manifest, round_index: int, client: int, note: Mapping[str, Any]
+    ) -> None:
+        """One small object about tensors of this manifest, which do not come with it."""
+        for peer in peers:
+            self._announce(peer, manifest)
+        self._send(peers, Header(kind, round_index, client, 0, manifest.hash), memoryview(b""), json.dumps(note).encode())
+
+    def promised(self, message: Message) -> Manifest:
+        """The manifest of what a note is about."""
+        return self._known(message)
 
     def decode(self, message: Message, chain: Chain, before: Tensors) -> Tensors:
         """The tensors of a message under this chain, in memory of their own."""
@@ -182,12 +194,12 @@ class Post:
     def _send(self, peers: Collection[int], header: Header, payload: Payload, note: bytes = b"") -> None:
         if not peers:
             return
-        with self._apart():
+        with self.apart():
             for error in self.transport.send_all(peers, header, payload, note).values():
                 raise error
 
     @contextmanager
-    def _apart(self) -> Iterator[None]:
+    def apart(self) -> Iterator[None]:
         """Step back while waiting: ranks that are threads of one process compute in turns (torch's generator is global)."""
         turn = self.transport.turn
         turn.__exit__(None, None, None)

@@ -18,6 +18,7 @@ from fedmpi.errors import Aborted, LinkError, PeerLost, PeerSilent
 from fedmpi.messages import CHUNK_BYTES, Header, Kind, Payload
 from fedmpi.transports.inbox import Inbox, Message
 from fedmpi.transports.link import Link, Outgoing, Traffic, Wire, is_small
+from fedmpi.transports.together import Body, Together
 
 GRACE_S = 3.0  # how long the others are given to take note of an abort
 
@@ -36,6 +37,7 @@ class Transport:
         chunk_bytes: int = CHUNK_BYTES,
         turn: AbstractContextManager[object] | None = None,
         last_resort: Callable[[], None] | None = None,
+        gather_all: Callable[[int], Body] | None = None,
     ) -> None:
         self.rank, self.size, self.peers, self.timeout_s = rank, size, tuple(sorted(wires)), timeout_s
         self.limit_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # more could not be held anyway
@@ -44,6 +46,7 @@ class Transport:
         self.sent, self.received = ({peer: Traffic() for peer in self.peers} for _ in range(2))
         self.failures: dict[int, LinkError] = {}
         self._chunk_bytes, self._reconnect, self._last_resort = chunk_bytes, reconnect, last_resort
+        self._gather_all, self._num_gathered = gather_all, 0
         self._period_s = min(1.0, timeout_s / 4)
         self._state = threading.Condition()
         self._inbox = Inbox(self._state)
@@ -111,6 +114,18 @@ class Transport:
     def stop_wanted(self) -> bool:
         """Whether any rank was asked to stop, as far as it is known here."""
         return self._stop
+
+    def together(self) -> Together:
+        """A collective of all ranks, which all of them ask for at the same place; each has a generation of its own."""
+        if self._gather_all is None:
+            raise LinkError(f"rank {self.rank} of {self.size} has nobody to be in a collective with")
+        self._num_gathered += 1
+        return Together(self, self._gather_all(self._num_gathered))
+
+    def alive(self, phase: str) -> None:
+        """Raise where the job or any of the links has come to an end."""
+        with self._state:
+            self._nothing_from(frozenset(self.peers), phase)
 
     def reopen(self, peer: int) -> None:
         """Make the link anew, on both sides; nothing that was on the old one can be seen on the new one."""

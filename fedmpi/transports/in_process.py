@@ -1,11 +1,15 @@
 """Ranks as threads of one process: bounded pipes in memory under the framing, heartbeats and deadlines of all others.
 
 torch's generator and much else is global in a process, so ranks take `transport.turn` around anything that computes.
-This module must never know torch or a network.
+This module must never know a network.
 """
 
 import threading
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 
 from fedmpi.errors import PeerLost, WorldError
 from fedmpi.messages import CHUNK_BYTES
@@ -115,17 +119,74 @@ class Exchange:
             raise PeerLost(f"rank {other} did not come back to its link within {self._timeout_s:g} s")
 
 
+class Table:
+    """Where the threads of one process lay their buffers side by side; the last to come does what is asked for."""
+
+    def __init__(self, size: int, timeout_s: float) -> None:
+        self._size, self._timeout_s = size, timeout_s
+        self._state = threading.Condition()
+        self._laid: dict[int, torch.Tensor] = {}
+        self._closed = False
+
+    def share(self, rank: int, data: torch.Tensor, do: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
+        """Wait for all; `do` is called with rank 0's buffer and each of the others'."""
+        with self._state:
+            laid = self._laid
+            laid[rank] = data
+            if len(laid) == self._size:
+                for other in range(1, self._size):
+                    do(laid[0], laid[other])
+                self._laid = {}
+                self._state.notify_all()
+                return
+            self._state.wait_for(lambda: self._laid is not laid or self._closed, self._timeout_s)
+            if self._laid is laid:
+                raise ConnectionError("a rank left the collective, or did not come to it")
+
+    def close(self) -> None:
+        """Wake everyone."""
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One thread's place at the table."""
+
+    table: Table
+    rank: int
+
+    def broadcast(self, data: torch.Tensor) -> None:
+        """Rank 0's bytes to all."""
+        self.table.share(self.rank, data, lambda mine, other: other.copy_(mine))
+
+    def add(self, data: torch.Tensor) -> None:
+        """The sum of all to rank 0."""
+        self.table.share(self.rank, data, lambda mine, other: mine.add_(other))
+
+    def close(self) -> None:
+        """Nobody can go on without this one."""
+        self.table.close()
+
+
 def open_all(size: int, *, timeout_s: float = 60.0, chunk_bytes: int = CHUNK_BYTES) -> list[Transport]:
     """The transports of all ranks, to be used by a thread each."""
     exchange, turn = Exchange(timeout_s), threading.RLock()
     pairs = {client: exchange.pair() for client in range(1, size)}
+    tables: dict[int, Table] = {}  # by generation
     wires = [{client: pair[0] for client, pair in pairs.items()}, *({0: pair[1]} for pair in pairs.values())]
 
     def transport(rank: int) -> Transport:
         def reconnect(peer: int) -> PipeWire:
             return exchange.meet(rank or peer, rank == 0)
 
-        return Transport(rank, size, wires[rank], reconnect, timeout_s=timeout_s, chunk_bytes=chunk_bytes, turn=turn)
+        def gather_all(generation: int) -> Seat:
+            return Seat(tables.setdefault(generation, Table(size, timeout_s)), rank)
+
+        return Transport(
+            rank, size, wires[rank], reconnect, timeout_s=timeout_s, chunk_bytes=chunk_bytes, turn=turn, gather_all=gather_all
+        )
 
     return [transport(rank) for rank in range(size)]
 

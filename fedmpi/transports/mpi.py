@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import monotonic, sleep
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedmpi.errors import PeerSilent, WorldError
 from fedmpi.messages import CHUNK_BYTES
 from fedmpi.transports.base import GRACE_S, Transport
 from fedmpi.world import World
+
+if TYPE_CHECKING:
+    import torch
 
 MIN_PAUSE_S, MAX_PAUSE_S = 20e-6, 2e-3
 PATIENCE = 0.1  # a pause is this share of the time that nothing has come
@@ -156,6 +159,47 @@ class MpiWire:
         self._progress.cancel(operations, self._closed)
 
 
+class MpiTogether:
+    """Collectives on a communicator of their own. Whoever waits is told by the thread that asks after all operations."""
+
+    def __init__(self, mpi: ModuleType, progress: Progress, timeout_s: float) -> None:
+        self._mpi, self._progress, self._timeout_s = mpi, progress, timeout_s
+        self._current: Operation | None = None
+        self._closed = False
+
+        def duplicate() -> list[Any]:
+            self._comm, request = mpi.COMM_WORLD.Idup()
+            return [request]
+
+        self._do(duplicate, timeout_s)
+
+    def broadcast(self, data: "torch.Tensor") -> None:
+        """Rank 0's bytes to all."""
+        self._do(lambda: [self._comm.Ibcast([data.numpy(), self._mpi.BYTE], 0)])
+
+    def add(self, data: "torch.Tensor") -> None:
+        """The sum of all to rank 0."""
+        values = [data.numpy(), self._mpi.DOUBLE]
+        mine = self._mpi.IN_PLACE if self._comm.rank == 0 else values
+        self._do(lambda: [self._comm.Ireduce(mine, values if self._comm.rank == 0 else None, self._mpi.SUM, 0)])
+
+    def close(self) -> None:
+        """Give up what is pending: MPI cannot take it back, but nobody waits for it."""
+        self._closed = True
+        if self._current is not None:
+            self._progress.cancel([self._current], "this side left the collective")
+
+    def _do(self, post: Callable[[], Sequence[Any]], limit_s: float | None = None) -> None:
+        done = threading.Event()
+        self._current = operation = self._progress.start(post, False, done.set)
+        if self._closed:  # while it was begun
+            self.close()
+        if not done.wait(limit_s):
+            self.close()
+        if operation.error:
+            raise ConnectionError(operation.error)
+
+
 def _load() -> ModuleType:
     """mpi4py with a library under it, good enough for a thread of ours."""
     try:
@@ -237,4 +281,5 @@ def open(world: World, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES) -> T
         timeout_s=timeout_s,
         chunk_bytes=chunk_bytes,
         last_resort=lambda: _abort_at_exit(mpi),
+        gather_all=lambda generation: MpiTogether(mpi, progress, timeout_s),
     )

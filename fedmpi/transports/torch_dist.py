@@ -19,7 +19,7 @@ from time import monotonic, sleep
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore, Work  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, ProcessGroupGloo, ReduceOp, Store, TCPStore, Work  # type: ignore[attr-defined]
 
 from fedmpi.errors import LinkError, PeerLost, PeerSilent
 from fedmpi.messages import CHUNK_BYTES
@@ -60,6 +60,36 @@ class GlooWire:
         """Let a receive time out, which closes the pair and wakes everyone."""
         with suppress(RuntimeError):
             self._group.recv([torch.empty(1, dtype=torch.uint8)], self._other, POISON).wait(timedelta(milliseconds=1))
+
+
+class GlooTogether:
+    """A process group of all ranks. A step that one of them does not take ends after the deadline."""
+
+    def __init__(self, store: Store, rank: int, size: int, device: ProcessGroupGloo.Device, timeout_s: float) -> None:
+        gloo: Any = ProcessGroupGloo
+        options = gloo._Options()
+        options._devices, options._threads, options._timeout = [device], 1, timedelta(seconds=timeout_s)
+        self._group = gloo(store, rank, size, options)
+        self._other = 0 if rank else size - 1
+
+    def broadcast(self, data: torch.Tensor) -> None:
+        """Rank 0's bytes to all."""
+        self._do(lambda: self._group.broadcast(data, 0))
+
+    def add(self, data: torch.Tensor) -> None:
+        """The sum of all to rank 0."""
+        self._do(lambda: self._group.reduce(data, 0, ReduceOp.SUM))
+
+    def close(self) -> None:
+        """As with a link: a receive that times out closes the pairs and wakes everyone."""
+        with suppress(RuntimeError):
+            self._group.recv([torch.empty(1, dtype=torch.uint8)], self._other, POISON).wait(timedelta(milliseconds=1))
+
+    def _do(self, begin: Callable[[], Work]) -> None:
+        try:
+            begin().wait(FOREVER)
+        except RuntimeError as error:
+            raise ConnectionError(_reason(error)) from None
 
 
 def _wait(works: list[Work]) -> None:
@@ -154,6 +184,14 @@ class Rendezvous:
         except RuntimeError as error:
             raise PeerLost(f"rank {peer}: no link to it could be made: {_reason(error)}") from None
 
+    def gather_all(self, generation: int) -> GlooTogether:
+        """A process group of all ranks, once all of them are here."""
+        try:
+            store = PrefixStore(f"together/{generation}", self._store)
+            return GlooTogether(store, self.world.rank, self.world.size, self._device, self.timeout_s)
+        except RuntimeError as error:
+            raise PeerLost(f"rank {self.world.rank}: no collective could be made: {_reason(error)}") from None
+
     def _agree(self, client: int) -> int:
         asked, known = f"asked/{client}", self._generations.get(client, 0)
         if self.world.rank:
@@ -186,7 +224,10 @@ def open(world: World, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES) -> T
         raise
     except (LinkError, RuntimeError) as error:
         raise PeerLost(f"rank {world.rank} of {world.size} could not meet the others: {_reason(error)}") from None
-    return Transport(world.rank, world.size, wires, rendezvous.link, timeout_s=timeout_s, chunk_bytes=chunk_bytes)
+    return Transport(
+        world.rank, world.size, wires, rendezvous.link, timeout_s=timeout_s, chunk_bytes=chunk_bytes,
+        gather_all=rendezvous.gather_all,
+    )  # fmt: skip
 
 
 def _nobody(peer: int) -> GlooWire:
