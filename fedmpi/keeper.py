@@ -166,6 +166,7 @@ class Keeper:
             "train_s": sum(m["seconds"] for m in outcome.metrics.values()),
             **summed,
             **self.fed.close_books(),
+            "broadcast_s": outcome.broadcast_s,
             "wait_s": outcome.wait_s,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "skipped": {c: m["skipped"] for c, m in sorted(outcome.metrics.items()) if m.get("skipped")},

@@ -74,12 +74,15 @@ def gpu_joules(device: str | None) -> float | None:
         return None
     try:
         import pynvml
-        import torch
+    except ImportError:
+        return None
+    import torch
 
+    try:
         pynvml.nvmlInit()
         unit = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(unit)) / 1e3
-    except Exception:  # noqa: BLE001  (pynvml raises a class for each of its codes, and may not be installed: then it is unknown)
+    except pynvml.NVMLError:  # no driver, no such unit, or one that counts no energy
         return None
 
 

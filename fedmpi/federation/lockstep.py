@@ -4,6 +4,7 @@ Who leads is decided once, at construction: the rank that holds a Conductor is t
 clients at once. This module must never know what is trained, or how.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -78,6 +79,7 @@ class Federation:
         rnd = self._now
         if rnd is None:
             raise RuntimeError("no round has begun: call this inside `for rnd in fed.rounds()`")
+        began = time.monotonic()
         if self._joint is not None:
             sent = self._joint.receive(rnd) if tensors is None else self._joint.spread(rnd, tensors)
         elif tensors is not None:
@@ -87,6 +89,7 @@ class Federation:
         else:
             sent = self._received(rnd, self.post)
         self._sent = sent if self.up.delta or self.terms is not None else {}
+        self.outcome.broadcast_s += time.monotonic() - began
         return sent
 
     def _received(self, rnd: Round, post: Post) -> Tensors:

@@ -48,6 +48,7 @@ class Outcome:
     owned: dict[int, str] = field(default_factory=dict)
     weights: dict[int, int] = field(default_factory=dict)
     wait_s: float = 0.0
+    broadcast_s: float = 0.0
 
     def note(self, update: Update) -> None:
         """Keep everything of an update but its tensors."""

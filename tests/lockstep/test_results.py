@@ -156,6 +156,7 @@ def test_costs_are_told_for_each_client_of_a_round(settings: list[str], tmp_path
             assert cost["turn_s"] > 0 and cost["peak_rss_bytes"] > 1e7
             assert cost["peak_gpu_bytes"] is None and cost["energy_j"] != 0
         assert line["seconds"] >= line["round_s"] > 0 and line["score_s"] > 0
+        assert line["round_s"] >= line["broadcast_s"] > 0 and line["blocked_s"] >= 0
     run(recipe(*settings, "--rounds=1"), tmp_path / "unknown")
     costs = json.loads((tmp_path / "unknown" / "metrics.jsonl").read_text().splitlines()[1])["client_costs"]
     assert [cost["transfer_s"] for cost in costs.values()] == [None] * 5
