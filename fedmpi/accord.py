@@ -60,6 +60,13 @@ def cohort(recipe: "Recipe") -> None:
         raise ConfigError(f"sampling {recipe.sampling} names the cohort: leave clients_per_round {recipe.clients_per_round} out")
 
 
+def compare(recipe: "Recipe") -> None:
+    """Each algorithm has one folder."""
+    names = [name.rpartition(".")[2] for name in (recipe.algorithm, *recipe.compare)]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"compare {', '.join(recipe.compare)}: name each once, and not {recipe.algorithm}, which is run anyway")
+
+
 def codec(recipe: "Recipe") -> None:
     """Chains that can be read."""
     recipe.chain("up"), recipe.chain("down")
@@ -132,14 +139,18 @@ def server_optimizer(recipe: "Recipe") -> None:
         raise ConfigError("server.* are settings of the server's optimiser: give server_optimizer avgm, adam, yogi or adagrad")
 
 
-RULES = (numbers, ranks, cohort, codec, exchange.fits, places, method, quantization, rule, robust, server_optimizer)
+RULES = (numbers, ranks, cohort, compare, codec, exchange.fits, places, method, quantization, rule, robust, server_optimizer)
+
+
+def offsite_is_read(recipe: "Recipe", read: bool) -> None:
+    """Settings of offsite tuning are for an algorithm that has them."""
+    if not read and recipe.offsite != OffsiteConfig():
+        raise ConfigError(f"offsite settings are given, but algorithm {recipe.algorithm} has none: give fedot or fedbiot")
 
 
 def with_offsite(recipe: "Recipe", scheme: Scheme | None) -> None:
-    """What offsite tuning asks of the rest, and what nothing else would read. The algorithm's file says whether it is offsite."""
+    """What offsite tuning asks of the rest. The algorithm's file says whether it is offsite."""
     if scheme is None:
-        if recipe.offsite != OffsiteConfig():
-            raise ConfigError(f"offsite settings are given, but algorithm {recipe.algorithm} has none: give fedot or fedbiot")
         return
     methods = ("lora",) if scheme.tunes_emulator else ("lora", "none")
     if recipe.peft.method not in methods:

@@ -3,7 +3,8 @@
     python -m fedmpi.generate RUN_DIR --prompt "Name three colours" --compare base,local,fed
 
 base is the model without an adapter, fed the federation's, global that of all data in one place, local every client's own
-(local:3 client 3's). Exit codes: 0 done, 1 failed, 2 not possible.
+(local:3 client 3's), and a name of the run's own `compare` that algorithm's federation's.
+Exit codes: 0 done, 1 failed, 2 not possible.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     add("run_dir", type=Path, help="the folder of a run")
     add("--prompt", action="append", required=True, help="an instruction; may be given several times")
     add("--input", default="", help="the instructions' input")
-    add("--compare", default="base,fed", help="who speaks: of base, fed, global, local, local:CLIENT")
+    add("--compare", default="base,fed", help="who speaks: of base, fed, global, local, local:CLIENT, or one that the run compared")
     add(
         "--which",
         choices=("full", "emu"),
@@ -69,7 +70,8 @@ def answers(given: argparse.Namespace) -> list[tuple[str, list[tuple[str, str]]]
     if emulated and not (given.run_dir / "emulator").is_dir():
         raise ConfigError(f"--which emu: {given.run_dir} is no run of offsite tuning (it has no emulator/)")
     backbone = replace(wanted.model, path=str(given.run_dir / "emulator")) if emulated else wanted.model
-    voices = list(find_voices(given.run_dir, wanted.scenario, given.compare, "adapter_emu" if emulated else "adapter"))
+    others = tuple(map(recipe.short, wanted.compare))
+    voices = list(find_voices(given.run_dir, wanted.scenario, given.compare, "adapter_emu" if emulated else "adapter", others))
     tokenizer: Any = models.load_tokenizer(backbone)
     base: Any = models.load_model(backbone, pick_device(given.device, 0))
     prompts = [data.render(prompt, given.input, wanted.data.template, tokenizer) for prompt in given.prompt]
@@ -83,7 +85,9 @@ def answers(given: argparse.Namespace) -> list[tuple[str, list[tuple[str, str]]]
     ]
 
 
-def find_voices(run_dir: Path, scenario: str, compare: str, adapter: str = "adapter") -> Iterator[tuple[str, Path | None]]:
+def find_voices(
+    run_dir: Path, scenario: str, compare: str, adapter: str = "adapter", others: Sequence[str] = ()
+) -> Iterator[tuple[str, Path | None]]:
     """Title and adapter folder, of that name, of each that is to speak; none for the base."""
     inside = {name: run_dir / name if scenario == "all" and name != "fed" else run_dir for name in ("local", "global", "fed")}
     for name in filter(None, (part.strip() for part in compare.split(","))):
@@ -98,8 +102,10 @@ def find_voices(run_dir: Path, scenario: str, compare: str, adapter: str = "adap
             chosen = [clients / client / adapter] if client else known or [clients / "0" / adapter]
             for folder in chosen:
                 yield f"client {folder.parent.name} alone", _there(folder, name, scenario in ("local", "all"), scenario)
+        elif name in others:
+            yield name, _there(run_dir / name / adapter, name, True, scenario)
         else:
-            raise ConfigError(f"--compare {name!r}: allowed are base, fed, global, local, local:CLIENT")
+            raise ConfigError(f"--compare {name!r}: allowed are {', '.join(('base, fed, global, local, local:CLIENT', *others))}")
 
 
 def _there(folder: Path, name: str, possible: bool, scenario: str) -> Path:

@@ -195,8 +195,8 @@ class Keeper:
         return {k: v for ending, (base, tensors) in views for k, v in _ended(self.host.answer(tensors, base), ending).items()}
 
     def _answer_base(self) -> dict[str, Any]:
-        """The base model's answers; one solo run does not repeat what the federation's run tells."""
-        return {} if self.fed.post is None and self.title != "fed" else self._answers()
+        """The base model's answers, once: a run beside the federation's does not repeat what that tells."""
+        return self._answers() if self.title == "fed" else {}
 
     def _line(self, line: dict[str, Any]) -> None:
         self.folder.pending.append(line)

@@ -1,7 +1,7 @@
 """A recipe: everything a user can set for a run, composed from the houses' own settings. `accord` says what goes together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -18,6 +18,7 @@ from fedmpi.exchange import Exchange
 from fedmpi.models import Config as ModelConfig
 from fedmpi.models import PeftConfig
 from fedmpi.offsite import Config as OffsiteConfig
+from fedmpi.offsite import Scheme
 from fedmpi.training import Config as TrainConfig
 
 EXPORTS = ("Config", "Server", "Client", "build_server", "build_client", "run_round")
@@ -43,6 +44,7 @@ class Recipe:
     Args:
         algorithm: a module of fedmpi.algorithms, or a dotted name outside the package
         scenario: fed = the federation; local = every client alone; global = all data in one place; all = the three and a table
+        compare: algorithms whose federation of the same clients is run afterwards, each in RUN_DIR/NAME, a row of the table
         run_dir: where the run leaves its results; default runs/ALGORITHM-HASH, so that a restart finds it
         rounds: communication rounds
         seed: every random choice of the run comes from it
@@ -76,6 +78,7 @@ class Recipe:
 
     algorithm: str = "fedavg"
     scenario: Literal["fed", "local", "global", "all"] = "fed"
+    compare: tuple[str, ...] | str = ()
     run_dir: str | None = None
     rounds: int = 10
     seed: int = 0
@@ -116,6 +119,8 @@ class Recipe:
         """Texts become tuples; what cannot go together is refused."""
         if isinstance(self.groups, str):
             object.__setattr__(self, "groups", _whole_numbers("groups", self.groups))
+        if isinstance(self.compare, str):
+            object.__setattr__(self, "compare", tuple(name.strip() for name in self.compare.split(",") if name.strip()))
         if self.clients_per_round is not None:
             object.__setattr__(self, "clients_per_round", str(self.clients_per_round))
         for rule in accord.RULES:
@@ -130,6 +135,12 @@ class Recipe:
         """How tensors are coded on their way up or down."""
         key = f"codec_{way}" if getattr(self, f"codec_{way}") is not None else "codec"
         return codecs.parse(getattr(self, key), key)
+
+    def beside(self, name: str) -> "Recipe":
+        """One of `compare` as a recipe of its own. Only its end stands in a table."""
+        offsite = self.offsite if scheme_of(name) else OffsiteConfig()
+        eval_every = self.eval_every if self.early_stop else 0
+        return replace(self, algorithm=name, scenario="fed", compare=(), offsite=offsite, eval_every=eval_every)
 
     def settings(self) -> dict[str, Any]:
         """All settings as plain values."""
@@ -157,15 +168,18 @@ def read(arguments: Sequence[str], program: str, about: str) -> tuple[Recipe, An
     """The recipe and the algorithm's own settings from a command line; none at all means the packaged quickstart."""
     arguments = [_spelt_out(argument) for argument in arguments] or ["--config", "builtin:quickstart"]
     module = algorithm(_named(arguments))
-    group = module.__name__.rsplit(".", 1)[-1]
+    group = short(module.__name__)
     has_settings = bool(fields(module.Config))
     namespace = config.parse(Recipe, arguments, program, about, {group: module.Config} if has_settings else {})
     given: dict[str, Any] = {key: getattr(namespace, key) for key in Recipe.__dataclass_fields__}
     wanted = Recipe(**given)
-    accord.with_offsite(wanted, getattr(module, "SCHEME", None))
-    exchange.fits(wanted, module)
-    if hasattr(module, "require"):
-        module.require(wanted)
+    algorithms = [wanted, *map(wanted.beside, wanted.compare)]
+    accord.offsite_is_read(wanted, any(scheme_of(one.algorithm) for one in algorithms))
+    for one in algorithms:
+        accord.with_offsite(one, scheme_of(one.algorithm))
+        exchange.fits(one, algorithm(one.algorithm))
+        if require := getattr(algorithm(one.algorithm), "require", None):
+            require(one)
     return wanted, getattr(namespace, group) if has_settings else module.Config()
 
 
@@ -196,6 +210,17 @@ def algorithm(name: str) -> ModuleType:
     if missing := [part for part in EXPORTS if not hasattr(module, part)]:
         raise ConfigError(f"algorithm {name!r} lacks {', '.join(missing)}: its file must export {', '.join(EXPORTS)}")
     return module
+
+
+def scheme_of(name: str) -> Scheme | None:
+    """How an algorithm splits the model; None where everybody has all of it."""
+    found: Scheme | None = getattr(algorithm(name), "SCHEME", None)
+    return found
+
+
+def short(name: str) -> str:
+    """The last part of an algorithm's name: what its group of settings and its folders are called."""
+    return name.rpartition(".")[2]
 
 
 def known_algorithms() -> list[str]:

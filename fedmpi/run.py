@@ -12,8 +12,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -96,22 +96,22 @@ class Program:
     def run(self) -> int:
         """Gives the exit code, the same on every rank."""
         path = self._path()
-        with ExitStack() as held:
-            training.check(self.recipe.train)
-            training.load_hooks(self.recipe.train.hooks)  # a wrong name fails now, not in every client's turn
-            if self.world.rank == 0:
-                held.enter_context(self._claimed(path))
+        training.check(self.recipe.train)
+        training.load_hooks(self.recipe.train.hooks)  # a wrong name fails now, not in every client's turn
+        with self._held(path):
             self._tell(path, "running")
             try:
-                return self._scenarios(path)
+                return self._train_all(path)
             except BaseException:
                 self._tell(path, "failed")
                 raise
 
-    def _claimed(self, path: Path) -> AbstractContextManager[Any]:
-        """The run folder, taken and locked; another's is not even locked."""
+    def _held(self, path: Path) -> AbstractContextManager[Any]:
+        """The run folder, taken and locked by the server; another's is not even locked."""
         from fedmpi.folder import RunFolder
 
+        if self.world.rank != 0:
+            return nullcontext()
         experiment, settings = self._identity()
         folder = RunFolder(path, experiment, self.recipe.keep)
         folder.check(self.recipe.resume, settings)
@@ -122,18 +122,15 @@ class Program:
     def _identity(self) -> tuple[str, dict[str, Any]]:
         """What names this experiment, and all its settings: the recipe's and the algorithm's own."""
         own = config.as_dict(self.own)
-        group = {self.recipe.algorithm.rsplit(".", 1)[-1]: own} if own else {}
+        group = {recipe.short(self.recipe.algorithm): own} if own else {}
         return config.digest({**self.recipe.experiment(), **group}), {**self.recipe.settings(), **group}
 
-    def _scenarios(self, path: Path) -> int:
+    def _train_all(self, path: Path) -> int:
         from fedmpi.round import End
 
-        host = self._host(path)
-        names = ("local", "global", "fed") if self.recipe.scenario == "all" else (self.recipe.scenario,)
         results: dict[str, Any] = {}
-        for name in names:
-            folder = path / name if len(names) > 1 and name != "fed" else path
-            end, results[name] = self._fed(host, folder) if name == "fed" else self._solos(name, host, folder)
+        for name, end, found in self._trainings(path):
+            results[name] = found
             if end is End.SIGNAL:
                 self._tell(path, "preempted")
                 if self.world.rank == 0:
@@ -153,6 +150,20 @@ class Program:
         self._tell(path, "finished")
         return FINISHED
 
+    def _trainings(self, path: Path) -> "Iterator[tuple[str, End, Any]]":
+        """The scenarios, then other algorithms: the name of each, how it ended, and its scores."""
+        yield from self._scenarios(path)
+        for algorithm in self.recipe.compare:
+            name = recipe.short(algorithm)
+            yield name, *self._beside(algorithm, name, path / name)
+
+    def _scenarios(self, path: Path) -> "Iterator[tuple[str, End, Any]]":
+        host = self._host(path)
+        names = ("local", "global", "fed") if self.recipe.scenario == "all" else (self.recipe.scenario,)
+        for name in names:
+            folder = path / name if len(names) > 1 and name != "fed" else path
+            yield name, *(self._fed(host, folder) if name == "fed" else self._solos(name, host, folder))
+
     def _host(self, path: Path) -> "Host":
         from fedmpi import data, emulation
         from fedmpi.base import Base
@@ -162,7 +173,7 @@ class Program:
         device = pick_device(wanted.device, self.world.local_rank)
         measures = self.world.rank == 0 or wanted.scenario != "fed"
         parties = data.federate(wanted.data, wanted.clients, wanted.seed, self._own_clients(), measures)
-        scheme = getattr(recipe.algorithm(wanted.algorithm), "SCHEME", None)
+        scheme = recipe.scheme_of(wanted.algorithm)
         if scheme is None:
             base, outside = Base(wanted.model, wanted.peft, device, wanted.seed), None
         else:
@@ -194,21 +205,29 @@ class Program:
         )
 
     def _path(self) -> Path:
-        return Path(self.recipe.run_dir or f"runs/{self.recipe.algorithm.rsplit('.', 1)[-1]}-{self._identity()[0]}")
+        return Path(self.recipe.run_dir or f"runs/{recipe.short(self.recipe.algorithm)}-{self._identity()[0]}")
 
-    def _session(self, wanted: Recipe, host: "Host", path: Path, title: str, post: "Post | None") -> "Session":
+    def _session(self, wanted: Recipe, host: "Host", path: Path, scenario: str, post: "Post | None", title: str = "") -> "Session":
         from fedmpi.session import Session
 
-        facts = {"scenario": title, "launcher": self.world.launcher, "world": self.world.size, "transport": self.world.transport}
+        world = {"launcher": self.world.launcher, "world": self.world.size, "transport": self.world.transport}
+        facts, title = {"scenario": scenario, **world}, title or scenario
         algorithm, quiet = recipe.algorithm(wanted.algorithm), self.world.rank != 0
         whole = self._identity()
-        given = self.supply_bytes if title == "fed" else 0
+        given = self.supply_bytes if scenario == "fed" else 0
         return Session(
             wanted, self.own, algorithm, host, path, title, self.stop, post, *whole, facts, given, self.world.store, quiet
         )
 
-    def _fed(self, host: "Host", path: Path) -> "tuple[End, Any]":
-        return self._session(self.recipe, host, path, "fed", self.post).train()
+    def _fed(self, host: "Host", path: Path, title: str = "fed") -> "tuple[End, Any]":
+        return self._session(self.recipe, host, path, "fed", self.post, title).train()
+
+    def _beside(self, algorithm: str, title: str, path: Path) -> "tuple[End, Any]":
+        """Another algorithm's federation of the same clients, as a run of its own in a folder of its own."""
+        wanted = replace(self.recipe.beside(algorithm), run_dir=str(path), resume="auto")
+        other = Program(wanted, recipe.algorithm(algorithm).Config(), self.world, self.stop, self.post)
+        with other._held(path):
+            return other._fed(other._host(path), path, title)
 
     def _solos(self, name: str, host: "Host", path: Path) -> "tuple[End, Any]":
         """Federations of one, side by side on the ranks: every client alone, or one client that has all the data."""

@@ -10,6 +10,7 @@ import yaml
 
 from fedmpi.errors import CheckpointError, ConfigError
 from fedmpi.folder import read_metrics, read_object
+from fedmpi.recipe import short
 from fedmpi.report.results import rows_of
 
 Line = dict[str, Any]
@@ -28,6 +29,7 @@ class Run:
     summary: Mapping[str, Any] | None  # None until the run is finished
     alone: Mapping[int, Mapping[str, Any]]  # summaries of the clients alone, as far as they are finished
     pooled: Mapping[str, Any] | None  # summary of all data in one place
+    compared: Mapping[str, Mapping[str, Any]]  # summaries of other algorithms' federations, as far as they are finished
     traces: Mapping[int, Points]  # training loss by client
 
     @property
@@ -86,7 +88,7 @@ class Run:
             results["fed"] = {"base": self.summary.get("base", {}), "final": self.summary.get("final", {})}
         elif self.federated and scored:
             results["fed"] = {"base": scored[0] if scored[0]["round"] == -1 else {}, "final": scored[-1]}
-        return results
+        return results | (dict(self.compared) if self.summary else {})
 
 
 def number(value: object) -> float | None:
@@ -107,6 +109,7 @@ def read(path: Path) -> Run:
 
 
 def _read(path: Path) -> Run:
+    settings = _settings(path / "config.yaml")
     solos = path / "local" / "clients" if (path / "local").is_dir() else path / "clients"
     numbered = sorted(int(folder.name) for folder in solos.glob("*") if folder.name.isdecimal())
     found = {client: read_object(solos / str(client) / "summary.json") for client in numbered}
@@ -116,15 +119,22 @@ def _read(path: Path) -> Run:
     traces = {client: _own_trace(solos / str(client)) for client in numbered} if solo_only else traces_of(lines)
     return Run(
         path=path,
-        settings=_settings(path / "config.yaml"),
+        settings=settings,
         record=read_object(path / "record.json") or {},
         state=(read_object(path / "state.json") or {}).get("state"),
         lines=lines,
         summary=read_object(path / "summary.json"),
         alone=alone,
         pooled=read_object(path / "global" / "summary.json"),
+        compared=_compared(path, settings),
         traces=traces,
     )
+
+
+def _compared(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    names = [short(str(name)) for name in settings.get("compare") or ()]
+    found = {name: read_object(path / name / "summary.json") for name in names}
+    return {name: summary for name, summary in found.items() if summary is not None}
 
 
 def traces_of(lines: Sequence[Line]) -> dict[int, Points]:

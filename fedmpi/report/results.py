@@ -14,13 +14,14 @@ def show(results: Mapping[str, Any], path: Path) -> None:
     columns = {"eval_loss": ("held-out loss", "{:.3f}"), "exact_match": ("exact match", "{:.1%}")}
     if any("eval_loss_emu" in scores for _, scores in rows):
         columns |= {"eval_loss_emu": ("loss with emulator", "{:.3f}"), "exact_match_emu": ("match with emulator", "{:.1%}")}
-    table = Table("trained on")
+    table = Table()
+    table.add_column("trained on", no_wrap=True)
     for title, _ in columns.values():
         table.add_column(title, justify="right")
     for name, scores in rows:
         table.add_row(name, *(form.format(scores[key]) if key in scores else "-" for key, (_, form) in columns.items()))
     print(f"results in {path}")
-    Console(width=100, force_terminal=False).print(table)  # no escapes: a rank may have a terminal while its output is a file
+    Console(width=112, force_terminal=False).print(table)  # no escapes: a rank may have a terminal while its output is a file
 
 
 def rows_of(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
@@ -38,4 +39,5 @@ def rows_of(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]
         rows.append(("all data in one place", results["global"][0]))
     if "fed" in results:
         rows.append(("the federation", results["fed"]["final"]))
-    return rows
+    others = (name for name in results if name not in ("fed", "local", "global"))
+    return rows + [(f"the federation with {name}", results[name]["final"]) for name in others]

@@ -26,16 +26,24 @@ def results(run: Run) -> str:
 
 
 def _result_table(rows: Sequence[tuple[str, Mapping[str, Any]]], most: float, name: str) -> str:
-    body = ""
+    body, emulated = "", any("eval_loss_emu" in scores for _, scores in rows)
     for label, scores in rows:
         loss = number(scores.get("eval_loss"))
         bar = f'<i style="width:{100 * loss / most:.1f}%"></i>' if loss is not None and most > 0 else ""
         cells = f'<td>{_form(loss, "{:.3f}")}</td><td class="bar" aria-hidden="true">{bar}</td>'
-        cells += "".join(f"<td>{_form(number(scores.get(key)), '{:.1%}')}</td>" for key in ("eval_token_accuracy", "exact_match"))
+        cells += _shares(scores, "")
+        if emulated:
+            cells += f"<td>{_form(number(scores.get('eval_loss_emu')), '{:.3f}')}</td>{_shares(scores, '_emu')}"
         chief = ' class="chief"' if label.startswith("the federation") else ""
         body += f'<tr{chief}><th scope="row">{escape(label)}</th>{cells}</tr>\n'
     head = f'{_head("trained on", "held-out loss")}<td class="bar"></td>{_head("token accuracy", "exact match")}'
+    head += _head("loss with emulator", "token accuracy", "exact match") if emulated else ""
     return _table(head, body, name)
+
+
+def _shares(scores: Mapping[str, Any], ending: str) -> str:
+    keys = (f"eval_token_accuracy{ending}", f"exact_match{ending}")
+    return "".join(f"<td>{_form(number(scores.get(key)), '{:.1%}')}</td>" for key in keys)
 
 
 def _result_notes(run: Run) -> list[str]:

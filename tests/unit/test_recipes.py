@@ -109,6 +109,32 @@ def test_offsite_settings_ask_for_an_algorithm_that_reads_them() -> None:
         (["--algorithm=fedbiot", "--peft.method=none"], "peft.method none: algorithm fedbiot trains layers, with lora"),
         (["--algorithm=fedot", "--peft.method=prefix"], "with lora or none"),
         (["--algorithm=fedot", "--aggregation.rule=ffa"], "algorithm fedot takes the mean of adapters of one rank"),
+        (["--compare=fedprox", "--offsite.drop_rate=0.5"], "offsite settings are given, but algorithm fedavg has none"),
+        (["--compare=fedot", "--aggregation.rule=ffa"], "algorithm fedot takes the mean of adapters of one rank"),
     ):
         with pytest.raises(ConfigError, match=words):
             recipe.read(arguments, "test", "")
+
+
+def test_what_is_compared_is_a_recipe_of_its_own() -> None:
+    arguments = ["--scenario=all", "--compare=fedbiot, fedprox", "--offsite.drop_rate=0.5", "--train.steps=7"]
+    wanted, _ = recipe.read(arguments, "test", "")
+    assert wanted.compare == ("fedbiot", "fedprox") == recipe.read(["--compare=[fedbiot, fedprox]"], "test", "")[0].compare
+    alone = [
+        recipe.read([f"--algorithm={name}", "--train.steps=7", "--eval_every=0", *more], "test", "")[0]
+        for name, more in (("fedbiot", ["--offsite.drop_rate=0.5"]), ("fedprox", []))
+    ]
+    assert [wanted.beside(name) for name in wanted.compare] == alone
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("fedot,fedot", "compare fedot, fedot: name each once"),
+        ("fedavg", "and not fedavg, which is run anyway"),
+        ("fedott", "algorithm 'fedott': .* it must be fedavg"),
+    ],
+)
+def test_what_cannot_be_compared(asked: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        recipe.read([f"--compare={asked}"], "test", "")
