@@ -6,7 +6,8 @@ FedmpiError
 |- ModelError           a backbone, a tokenizer, an adapter
 |- WorldError           launchers, ranks, placement
 |- TrainingError        a client's local training
-|  `- NonFinite         a loss or an update that is not finite
+|  |- NonFinite         a loss or an update that is not finite
+|  `- Stuck             no step within the deadline
 |- LinkError            carrying bytes between ranks
 |  |- PeerLost          the other side is gone
 |  |- PeerSilent        no byte and no heartbeat within the deadline
@@ -43,6 +44,10 @@ class TrainingError(FedmpiError):
 
 class NonFinite(TrainingError):
     """A loss or an update that is not finite."""
+
+
+class Stuck(TrainingError):
+    """A client's training made no step within the deadline."""
 
 
 class LinkError(FedmpiError):

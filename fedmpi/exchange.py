@@ -38,6 +38,7 @@ def single(recipe: "Recipe", algorithm: "ModuleType | None" = None) -> str:
         "aggregation.record_error true": rules.record_error and recipe.peft.method == "lora",
         f"peft.client_ranks {','.join(map(str, recipe.peft.client_ranks))}": bool(recipe.peft.client_ranks),
         coded: not recipe.chain("up").raw,
+        "on_rank_lost continue": recipe.on_rank_lost == "continue",
         "a client of several ranks (ranks_per_client, groups)": recipe.clustered,
     }
     return next((key for key, given in looks.items() if given), "")

@@ -86,6 +86,7 @@ class Keeper:
         """A round that did not count. Where the run ends with it, what counted since the last checkpoint is made durable."""
         conductor = self.fed.conductor
         assert conductor is not None
+        self._tell_of_ranks(rnd)
         self._line({"round": rnd.index, "event": "quorum_lost", "message": why, "attempt": rnd.attempt})
         print(f"fedmpi: {why}", file=sys.stderr, flush=True)
         self._heed(conductor, rnd.index, began)
@@ -106,6 +107,7 @@ class Keeper:
         trained = time.monotonic()
         scores = self._score(server) if due else {}  # first: what it sends belongs to this round
         line = {**self._figures(rnd), **server.figures, **scores}
+        self._tell_of_ranks(rnd)
         line["round_s"], line["score_s"] = trained - began, time.monotonic() - trained
         line["seconds"] = time.monotonic() - began
         self._line(line)
@@ -118,6 +120,12 @@ class Keeper:
         if last or conductor.end:  # nobody hears that the run is over before all of it is on disk
             self.commits.wait()
         progress.round(line)
+
+    def _tell_of_ranks(self, rnd: Round) -> None:
+        """What the federation noted: ranks that were lost, and ranks that came back."""
+        if self.fed.roll is not None:
+            for event in self.fed.roll.told():
+                self._line({"round": rnd.index, **event})
 
     def _decide(self, conductor: Conductor, line: Mapping[str, Any]) -> None:
         """Whether this was the last round after all."""
@@ -158,7 +166,7 @@ class Keeper:
         return {
             "round": rnd.index,
             "attempt": rnd.attempt,
-            "cohort": list(rnd.cohort),
+            "cohort": sorted({*rnd.cohort, *outcome.failures}),
             "counted": sorted(outcome.counted),
             "failures": {c: str(failure) for c, failure in sorted(outcome.failures.items())},
             "weights": dict(sorted(outcome.weights.items())),

@@ -56,6 +56,7 @@ class Kind(IntEnum):
     ADDED = 19  # the figures of a client whose update its rank has added to its sum
     SUM = 20  # what a rank has added up
     TOGETHER = 21  # a collective follows, which all ranks take part in
+    STUCK = 22  # a turn makes no step and cannot be interrupted; its rank's answers may come some day
 
 
 @dataclass(frozen=True)

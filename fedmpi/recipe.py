@@ -30,6 +30,7 @@ _NOT_THE_EXPERIMENT = (
     "groups",
     "timeout_s",
     "time_left_s",
+    "on_rank_lost",
     "keep",
     "checkpoint_every",
     "link_mbps",
@@ -57,15 +58,18 @@ class Recipe:
         groups: unequal groups of ranks, such as 4,2,1
         threads: torch threads of every rank, whatever the launcher
         device: auto, cpu, cuda, or cuda:1
-        timeout_s: seconds without a byte or a heartbeat after which a peer counts as silent
         time_left_s: seconds that the job may run from its start on: a round that would not end in them is not begun; default what
             Slurm says of the job's time limit
+        timeout_s: seconds without a byte or a heartbeat after which a rank counts as silent, or without a step (and ten times the
+            step before) after which a client's training counts as stuck
         early_stop: stop after so many evaluations without a better held-out loss; 0 = never
         resume: auto = continue a run of the same configuration; never = refuse a used folder; must = refuse an empty one
         checkpoint_every: rounds between durable states
         keep: checkpoints that are kept
         eval_every: rounds between evaluations (the first is before round 0); 0 = only at the end
         on_quorum_lost: repeat the round with a new cohort (three times at most), or stop
+        on_rank_lost: end the job, or continue without the clients of a rank that died or fell silent, until it is started again;
+            auto continues under the launchers that leave the other ranks alone
         server_optimizer: none, or what steps along the clients' move: avgm (FedAvgM), adam, yogi or adagrad (FedAdam and so on)
         codec: what tensors are coded by on their way: raw, or stages such as delta,int8,ef,zstd (see fedmpi.codecs)
         codec_up: of updates, where it differs
@@ -99,6 +103,7 @@ class Recipe:
     keep: int = 2
     eval_every: int = 1
     on_quorum_lost: Literal["repeat", "stop"] = "repeat"
+    on_rank_lost: Literal["auto", "end", "continue"] = "auto"
     server_optimizer: Optimizer = "none"
     codec: str = "raw"
     codec_up: str | None = None

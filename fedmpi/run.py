@@ -216,8 +216,9 @@ class Program:
         whole = self._identity()
         given = self.supply_bytes if scenario == "fed" else 0
         return Session(
-            wanted, self.own, algorithm, host, path, title, self.stop, post, *whole, facts, given, self.world.store, quiet
-        )
+            wanted, self.own, algorithm, host, path, title, self.stop, post, *whole, facts, given, self.world.store, quiet,
+            goes_on=post is not None and wanted.on_rank_lost == "continue",
+        )  # fmt: skip
 
     def _fed(self, host: "Host", path: Path, title: str = "fed") -> "tuple[End, Any]":
         return self._session(self.recipe, host, path, "fed", self.post, title).train()

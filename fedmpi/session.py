@@ -45,6 +45,7 @@ class Session:
     supply_bytes: int = 0  # what was handed out before this training
     near: str | None = None  # host:port that every rank can reach, where there is one
     quiet: bool = False
+    goes_on: bool = False  # without ranks that are gone
 
     def train(self) -> tuple[End, dict[str, Any] | None]:
         """Run to the end, or to a signal. The server gets the summary of a finished run, the others None."""
@@ -64,6 +65,7 @@ class Session:
             placement, rank, self.post, vault=vault, near=self.near, ground=folds, answer=answer, device=self.host.base.device,
             up=recipe.chain("up"), down=recipe.chain("down"), collective=way.exchange == "collective",
             terms=None if way.exchange == "star" else Terms(recipe.weights, num_examples, self.host.own_check),
+            goes_on=self.goes_on and way.exchange == "star", patience_s=recipe.timeout_s,
         )  # fmt: skip
         # ranks that read other rows are as foreign as ranks with other settings
         experiment = f"{self.experiment} by {way.exchange} on data {config.digest(self.host.parties.record)}"

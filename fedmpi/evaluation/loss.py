@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy
 
+from fedmpi import watch
 from fedmpi.data.batching import collate
 from fedmpi.data.prompts import Example
 from fedmpi.errors import DataError
@@ -37,6 +38,7 @@ def heldout_loss(model: torch.nn.Module, examples: Sequence[Example], batch_size
             total += float(cross_entropy(logits.float(), targets, reduction="none").double().sum())
             right += int((logits.argmax(-1) == targets).sum())
             count += len(targets)
+            watch.tick()
     if not count:
         raise DataError(f"held-out loss: no supervised token in {len(examples)} examples; give a held-out split")
     return LossScore(total / count, count, right / count)

@@ -4,14 +4,15 @@ It is read once, in one of two ways. Who iterates gets whole updates, each of wh
 `pieces` gives elements as they arrive, those of several clients in turn, so that a server holds a few chunks beside its sums; what
 comes before the first of the two is asked for comes as the round before had it.
 
-Every update is checked on its way, whole or piece by piece; the first wrong piece makes it void, and its client a Failure. A link
-that breaks inside an update raises out of both. An update counts when its last piece was taken.
+Every update is checked on its way, whole or piece by piece; the first wrong piece makes it void, and its client a Failure. So does
+a link that breaks inside an update, where the run goes on without that rank; else it raises out of both. An update counts when its
+last piece was taken.
 
 This module must never know what is done with updates.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,12 +23,12 @@ from fedmpi.aggregation.mean import Piece, Void
 from fedmpi.codecs import Chain
 from fedmpi.errors import ProtocolError, TrainingError
 from fedmpi.federation.conductor import Conductor
-from fedmpi.federation.post import Post
+from fedmpi.federation.roll import Roll
 from fedmpi.federation.updates import Failure, Outcome, Update
 from fedmpi.ledger import Ledger
 from fedmpi.manifest import Packed, manifest_of, unpack
 from fedmpi.messages import Kind
-from fedmpi.round import Placement, Round
+from fedmpi.round import Round
 from fedmpi.tensors import Tensors, room
 from fedmpi.transports.inbox import Message
 
@@ -100,13 +101,15 @@ class Begun:
 class Arrivals:
     """The answers of a cohort over the links."""
 
-    post: Post
-    placement: Placement
+    roll: Roll
     tally: Tally
     up: Chain = field(default_factory=Chain)
     sent: Tensors = field(default_factory=dict)  # the round's broadcast
     _missing: set[int] = field(default_factory=set)
     _begun: dict[int, Begun] = field(default_factory=dict)  # by client
+
+    def __post_init__(self) -> None:
+        self.post, self.placement = self.roll.post, self.roll.placement
 
     def __iter__(self) -> Iterator[Update]:
         self.post.transport.in_chunks = frozenset()
@@ -117,6 +120,8 @@ class Arrivals:
         self.post.transport.in_chunks = frozenset({Kind.UPDATE})
         for message in self._answers({}):
             if isinstance(message, Failure):
+                if self._begun.pop(message.client, None) is not None:  # its rank was lost in the middle
+                    yield Void(message.client)
                 self.tally.fail(message)
                 continue
             begun, ends = self._part_of(message), message.last
@@ -203,18 +208,38 @@ class Arrivals:
         rnd = self.tally.rnd
         self._missing = set(rnd.cohort)
         while self._missing:
-            began = time.monotonic()
-            leaders = {self.placement.leader_of[client] for client in self._missing}
-            peers = set(filling) if len(filling) >= MOST_WHOLE else leaders
-            message = self.post.receive(peers, f"waiting in round {rnd.index} for clients {sorted(self._missing)}")
-            self.tally.outcome.wait_s += time.monotonic() - began
-            self._belongs(message)
+            for client in sorted(self._missing):
+                if (failure := self.roll.why_not(client)) is not None:
+                    self._missing.discard(client)
+                    filling.pop(self.placement.leader_of[client], None)
+                    yield failure
+            message = self._next(rnd, filling) if self._missing else None
+            if message is None:
+                continue
             if message.header.kind is Kind.FAILURE:
                 self._missing.discard(message.header.client)
                 told = self.post.json(message)
                 yield Failure(message.header.client, **{key: str(value) for key, value in told.items()})
             else:
                 yield message
+
+    def _next(self, rnd: Round, filling: Collection[int]) -> Message | None:
+        """The next answer to this round; None where something else came that changes who is waited for."""
+        leaders = {self.placement.leader_of[client] for client in self._missing}
+        peers = set(filling) if len(filling) >= MOST_WHOLE else leaders | self.roll.behind
+        began = time.monotonic()
+        message = self.roll.receive(peers, f"waiting in round {rnd.index} for clients {sorted(self._missing)}")
+        self.tally.outcome.wait_s += time.monotonic() - began
+        if message is None:
+            return None
+        if self.roll.is_late(message):
+            self.roll.drop(message)
+            return None
+        if message.header.kind is Kind.STUCK:
+            self.roll.stuck(rnd, message, self._missing)
+            return None
+        self._belongs(message)
+        return message
 
     def _belongs(self, message: Message) -> None:
         """Identity comes from the link: a rank speaks for the clients that were placed on it, in this round, once."""

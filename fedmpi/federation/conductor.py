@@ -1,6 +1,6 @@
 """The server's decisions: who takes part, whether a round counted, when to stop. Pure state; it never sends, trains or stores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedmpi.aggregation import grid_scale
@@ -27,19 +27,21 @@ class Conductor:
     largest: float = 1.0  # largest magnitude in the adapter that the next round starts from
     durable: int = -1
     end: End = End.NO  # set to end the run before its last round
+    drawn: tuple[int, ...] = ()  # who would be asked in the round if everybody could be
     _last: Round | None = None
     _verdict: Verdict = Verdict.NONE
     _counted: tuple[int, ...] = field(default=())
 
-    def next_round(self) -> Round:
-        """The header of the next round, or the last header of the run."""
+    def next_round(self, absent: Collection[int] = ()) -> Round:
+        """The header of the next round, or the last header of the run. Who is absent is not asked."""
         index, attempt = self.first_round, 0
         if self._last is not None and self._verdict is Verdict.REPEAT:
             index, attempt = self._last.index, self._last.attempt + 1
         elif self._last is not None:
             index = self._last.index + 1
         end = self.end if self.end or index < self.rounds else End.FINISHED
-        cohort = () if end else sample(self.sampling, self.cohort_size, self.num_examples, self.seed, index, attempt)
+        self.drawn = () if end else sample(self.sampling, self.cohort_size, self.num_examples, self.seed, index, attempt)
+        cohort = tuple(client for client in self.drawn if client not in absent)
         self._last = Round(
             index=index,
             attempt=attempt,
@@ -73,7 +75,7 @@ class Conductor:
         for client, why in sorted(failures.items()):
             alike.setdefault(why, []).append(client)
         reasons = "; ".join(f"client {', '.join(map(str, clients))}: {why}" for why, clients in alike.items())
-        problem = f"round {rnd.index}: {len(counted)} updates of {len(rnd.cohort)}, --min_clients is {self.min_clients} ({reasons})"
+        problem = f"round {rnd.index}: {len(counted)} updates of {len(self.drawn)}, --min_clients is {self.min_clients} ({reasons})"
         if self.on_quorum_lost == "stop" or rnd.attempt + 1 >= MOST_ATTEMPTS:
             self.end = End.GIVEN_UP
             raise QuorumLost(f"{problem}; the run stops after attempt {rnd.attempt + 1}")

@@ -20,8 +20,9 @@ from fedmpi.federation.joint import Added, Joint
 from fedmpi.federation.meeting import About, Meeting
 from fedmpi.federation.owned import Owned
 from fedmpi.federation.post import Post, content
+from fedmpi.federation.roll import Roll
 from fedmpi.federation.sums import Answers, Own, Terms, send
-from fedmpi.federation.turns import C, Turns, hand_in
+from fedmpi.federation.turns import C, Turns, hand_in, overtaken
 from fedmpi.federation.updates import Failure, Outcome, Update, Vault
 from fedmpi.ledger import Ledger
 from fedmpi.messages import Kind
@@ -47,6 +48,8 @@ class Federation:
     terms: Terms | None = None  # where ranks add up what their own clients made
     collective: bool = False  # and the sums of all ranks, like broadcasts, go by collectives
     answer: scores.Answer | None = None  # how clients that live here score what the server asks about, on rows of their own
+    goes_on: bool = False  # without ranks that are gone
+    patience_s: float | None = None  # a turn without a step for so long is stuck
     outcome: Outcome = field(default_factory=Outcome)
     ledger: Ledger = field(default_factory=Ledger)
     _now: Round | None = None
@@ -54,22 +57,23 @@ class Federation:
     def __post_init__(self) -> None:
         self._meeting = Meeting(self.placement, self.rank, self.post, self.near)
         self._owned = Owned(self.vault, self._meeting.leads)
-        self._turns = Turns(self._meeting, self._owned, self.up, self.device)
+        self._turns = Turns(self._meeting, self._owned, self.up, self.device, self.patience_s)
         self._joint = Joint(self.post, self.placement, self.ledger) if self.collective and self.post is not None else None
         self.downlink = Downlink(self.down)
         self._sent: Tensors = {}  # the round's broadcast, where updates are compared with it
         self._held: Tensors = {}  # the last broadcast that came here, where broadcasts are differences
         self._levelling = Levelling(self.ground, self.placement) if self.ground is not None else None
+        self.roll = Roll(self.placement, self.post, self.ledger, self.goes_on) if self.post and self.rank == SERVER else None
 
     # ---- what an algorithm calls ----------------------------------------------------------------------------------------------
 
     def rounds(self) -> Iterator[Round]:
         """The rounds that the server announces. Reading a header settles the round before; the last header ends the loop."""
         while True:
-            rnd = self._announce() if self.conductor is not None else self._follow()
+            rnd, failures = self._announce(self.conductor) if self.conductor is not None else (self._follow(), {})
             self._owned.settle(rnd)
             self.downlink.settle(rnd)
-            self._now, self.outcome = rnd, Outcome()
+            self._now, self.outcome = rnd, Outcome(failures=failures)
             if rnd.end:
                 return
             yield rnd
@@ -121,14 +125,15 @@ class Federation:
         The server's `check` sees each update, or each piece of it, before anybody else does: one at which it raises a TrainingError
         is a Failure. The exact mean takes the updates from the links in pieces; who iterates gets them whole.
         """
-        outcomes = (self._turns.take(rnd, clients[client], work, self._sent) for client in self._hosted_in(rnd))
+        outcomes = (self._turn(rnd, clients[client], work) for client in self._hosted_in(rnd))
         if self.terms is not None and self.post is not None:
             return self._reduced(rnd, outcomes, self.terms, self.post)
         if self.conductor is not None:
             tally = Tally(rnd, self.conductor, self.outcome, self.ledger, check)
             if self.post is None:
                 return tally.judged(outcomes)
-            return Arrivals(self.post, self.placement, tally, self.up, self._sent)
+            assert self.roll is not None
+            return Arrivals(self.roll, tally, self.up, self._sent)
         assert self.post is not None
         for outcome in outcomes:  # now, not lazily: a client rank never reads what it gathered
             if self._meeting.leads:
@@ -148,6 +153,11 @@ class Federation:
             send(post, rnd, own)
         return ()
 
+    def _turn(self, rnd: Round, client: C, work: Callable[[C], Update]) -> Update | Failure:
+        if self.post is not None and self._meeting.inner is None and overtaken(self.post):
+            return Failure(client.id, "Late", f"round {rnd.index} went on without rank {self.rank}")
+        return self._turns.take(rnd, client, work, self._sent)
+
     @property
     def end(self) -> End:
         """Why no round follows; NO while one does."""
@@ -158,9 +168,11 @@ class Federation:
         assert self.answer is not None
         if self.post is None:
             return self.answer(tensors)
-        self._level({leader: self.placement.hosted_by(leader)[0] for leader in self.placement.leaders}, -1)
-        self.ledger.asked_bytes += num_bytes(tensors) * len(self.placement.leaders)
-        return scores.ask(self.post, self.placement, tensors)
+        assert self.roll is not None
+        asked = self.roll.leaders
+        self._level({leader: self.placement.hosted_by(leader)[0] for leader in asked}, -1)
+        self.ledger.asked_bytes += num_bytes(tensors) * len(asked)
+        return scores.ask(self.roll, asked, tensors)
 
     # ---- before the first round and after the last ----------------------------------------------------------------------------
 
@@ -176,13 +188,15 @@ class Federation:
     def welcome(self, owned: Mapping[int, str], limit_bytes: int) -> None:
         """The server says where the run stands; each rank takes up the client-owned state that the last durable round names."""
         named = self._meeting.welcome(owned, limit_bytes)
+        if self.roll is not None:
+            self.roll.begin()
         self._owned.resume(named, self.placement.hosted_by(self.rank))
         if self._joint is not None:
             self._joint.meet()
 
     def farewell(self) -> None:
         """Nobody leaves before what was sent and what was received are found equal."""
-        self._meeting.farewell()
+        self._meeting.farewell(self.roll)
         if self._joint is not None:
             self._joint.leave()
 
@@ -192,12 +206,14 @@ class Federation:
 
     # ---- rounds ---------------------------------------------------------------------------------------------------------------
 
-    def _announce(self) -> Round:
-        assert self.conductor is not None
-        rnd = self.conductor.next_round()
-        if self.post is not None:
-            self.post.send_bytes(self.post.transport.peers, Kind.ROUND, rnd.pack(), rnd.index)
-        return rnd
+    def _announce(self, conductor: Conductor) -> tuple[Round, dict[int, Failure]]:
+        """The next round, and who of those that were drawn for it cannot be asked."""
+        if self.roll is None:
+            return conductor.next_round(), {}
+        absent = self.roll.assemble(conductor.min_clients)
+        rnd = conductor.next_round(absent)
+        self.roll.post.send_bytes(self.roll.here, Kind.ROUND, rnd.pack(), rnd.index)
+        return rnd, {client: absent[client] for client in conductor.drawn if client in absent}
 
     def _follow(self) -> Round:
         assert self.post is not None
@@ -239,12 +255,14 @@ class Federation:
         coded = None if self.down.raw else self.downlink.encode(tensors, rnd)
         decoded = tensors if coded is None else coded.tensors
         able = set() if coded is None else self.downlink.readers(first)
-        self.ledger.down.update({c: len(coded.body) if coded and h in able else num_bytes(decoded) for h, c in first.items()})
+        sizes = {c: len(coded.body) if coded and h in able else num_bytes(decoded) for h, c in first.items()}
         if self.post is None:
+            self.ledger.down.update(sizes)
             return decoded
         if coded is not None:
             self.post.send_coded(sorted(able), coded, rnd.index)
         self.post.send_tensors(sorted(first.keys() - able), Kind.BROADCAST, decoded, rnd.index)
         for leader in first:  # members wait on their own link until it is time to turn to their leader
             self.post.send_bytes(self.placement.seat_of(leader)[1:], Kind.BROADCAST, b"", rnd.index)
+        self.ledger.down.update({c: sizes[c] for h, c in first.items() if self.roll is None or h not in self.roll.gone})
         return decoded

@@ -10,8 +10,10 @@ from typing import Any
 from fedmpi import training
 from fedmpi.errors import LinkError, ProtocolError, WorldError
 from fedmpi.federation.post import Post
+from fedmpi.federation.roll import Roll
 from fedmpi.messages import Kind
 from fedmpi.round import SERVER, Placement
+from fedmpi.transports.inbox import Message
 
 About = Mapping[int, Mapping[str, Any]]
 
@@ -103,7 +105,7 @@ class Meeting:
             place, role = self.seat.index(self.rank), f"ranks {self.seat[0]} to {self.seat[-1]}"
             self.inner = training.join(meet_at, place, len(self.seat), 0, timeout_s, role=role)
 
-    def farewell(self) -> None:
+    def farewell(self, roll: Roll | None) -> None:
         """Each client rank tells what it received; on links without a fault that is what the server sent."""
         if self.post is None:
             return
@@ -115,14 +117,16 @@ class Meeting:
             self.post.send_json(SERVER, Kind.FAREWELL, counted)
             self.post.expect(SERVER, Kind.FAREWELL, -1, "waiting for the ledger to be closed").release()
             return
-        for peer in transport.peers:
-            self._settle_with(peer, self.post)
+        assert roll is not None
+        roll.close()
+        for peer in list(roll.here):
+            if (message := roll.receive({peer}, "closing the ledger")) is not None:
+                self._settle_with(peer, self.post, self.post.expected(message, Kind.FAREWELL, -1))
         # nobody goes on before that, or the greeting of the next training would be counted in this one
-        self.post.send_bytes(transport.peers, Kind.FAREWELL, b"")
+        self.post.send_bytes(roll.here, Kind.FAREWELL, b"")
 
     @staticmethod
-    def _settle_with(peer: int, post: Post) -> None:
-        message = post.expect(peer, Kind.FAREWELL, -1, "closing the ledger")
+    def _settle_with(peer: int, post: Post, message: Message) -> None:
         ways = post.transport
         sent, received = ways.sent[peer].payload_bytes, ways.received[peer].payload_bytes - message.header.length
         theirs = post.json(message)

@@ -5,7 +5,7 @@ as well. It knows links and messages; never rounds' meaning, clients' work or wh
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ class Post:
         self._manifests: dict[int, Manifest] = {}
         self._told: set[tuple[int, int]] = set()  # (peer, hash) that this rank has announced
         self._last: tuple[tuple[object, ...], Manifest] | None = None
+        self.on_lost: Callable[[], None] | None = None  # told of a failed sending, which then is no error
 
     def receive(self, peers: Collection[int], phase: str) -> Message:
         """The next message of any of these peers, manifests aside: those are learnt on the way."""
@@ -188,15 +189,26 @@ class Post:
 
     def num_bytes(self) -> int:
         """All bytes that this rank has sent and received so far, heartbeats aside."""
-        traffic = (*self.transport.sent.values(), *self.transport.received.values())
+        traffic = (*self.transport.sent.values(), *self.transport.received.values(), *self.transport.past)
         return sum(way.payload_bytes + way.header_bytes for way in traffic)
 
     def _send(self, peers: Collection[int], header: Header, payload: Payload, note: bytes = b"") -> None:
         if not peers:
             return
         with self.apart():
-            for error in self.transport.send_all(peers, header, payload, note).values():
+            failed = self.transport.send_all(peers, header, payload, note)
+        for error in failed.values():
+            if self.on_lost is None:
                 raise error
+            self.on_lost()
+
+    def alarm(self, peer: int, kind: Kind, text: str, round_index: int, client: int) -> None:
+        """A few words from any thread, while the one that the post belongs to may do whatever it does."""
+        self.transport.send(peer, Header(kind, round_index, client), memoryview(text.encode()))
+
+    def forget(self, peer: int) -> None:
+        """Somebody new is at the other end: nothing was announced yet."""
+        self._told = {(told, manifest) for told, manifest in self._told if told != peer}
 
     @contextmanager
     def apart(self) -> Iterator[None]:

@@ -3,13 +3,13 @@
 It knows links and who sits where; never what is scored, or how.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from fedmpi.errors import ProtocolError
 from fedmpi.federation.post import Post
+from fedmpi.federation.roll import Roll
 from fedmpi.messages import Kind
-from fedmpi.round import Placement
 from fedmpi.tensors import Tensors
 from fedmpi.transports.inbox import Message
 
@@ -17,15 +17,25 @@ Figures = dict[int, Mapping[str, Any]]  # by client
 Answer = Callable[[Tensors], Figures]
 
 
-def ask(post: Post, placement: Placement, tensors: Tensors) -> Figures:
-    """The server's side, between two rounds: the figures of all clients."""
-    post.send_tensors(placement.leaders, Kind.QUESTION, tensors, -1)
+def ask(roll: Roll, leaders: Collection[int], tensors: Tensors) -> Figures:
+    """The server's side, between two rounds: the figures of the clients that these ranks speak for."""
+    roll.post.send_tensors(leaders, Kind.QUESTION, tensors, -1)
     found: Figures = {}
-    for peer, told in post.from_each(Kind.ANSWER, "waiting for the clients' scores", placement.leaders):
-        if sorted(map(int, told)) != sorted(placement.hosted_by(peer)):
-            raise ProtocolError(f"rank {peer} tells scores of clients {sorted(told)}, it hosts {placement.hosted_by(peer)}")
-        found |= {int(client): figures for client, figures in told.items()}
+    missing = set(leaders) - roll.gone.keys()
+    while missing:
+        message = roll.receive(missing, "waiting for the clients' scores")
+        if message is not None:
+            missing.discard(message.peer)
+            found |= _figures(roll, message)
+        missing -= roll.gone.keys()
     return found
+
+
+def _figures(roll: Roll, message: Message) -> Figures:
+    hosted, told = roll.placement.hosted_by(message.peer), roll.post.json(roll.post.expected(message, Kind.ANSWER, -1))
+    if sorted(map(int, told)) != sorted(hosted):
+        raise ProtocolError(f"rank {message.peer} tells scores of clients {sorted(told)}, it hosts {hosted}")
+    return {int(client): figures for client, figures in told.items()}
 
 
 def reply(post: Post, message: Message, answer: Answer) -> None:

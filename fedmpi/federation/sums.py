@@ -15,10 +15,10 @@ import torch
 
 from fedmpi.aggregation.check import Check, whole
 from fedmpi.aggregation.mean import Piece, Sums
-from fedmpi.errors import ProtocolError, TrainingError
+from fedmpi.errors import PeerSilent, ProtocolError, TrainingError
 from fedmpi.federation.arrivals import Tally, failure
 from fedmpi.federation.conductor import weight_of
-from fedmpi.federation.post import Post
+from fedmpi.federation.post import Post, content
 from fedmpi.federation.turns import hand_in
 from fedmpi.federation.updates import Failure, Update
 from fedmpi.manifest import Manifest, manifest_of
@@ -103,6 +103,9 @@ class Answers:
         message = self.post.receive(peers, f"waiting in round {rnd.index} for clients {sorted(self.missing)}")
         self.tally.outcome.wait_s += time.monotonic() - began
         header = message.header
+        if header.kind is Kind.STUCK:  # what it has added of others is lost with it
+            why = content(message).decode(errors="replace")
+            raise PeerSilent(f"rank {message.peer} is stuck in round {rnd.index} in the turn of client {header.client}: {why}")
         if header.kind not in (Kind.ADDED, Kind.SUM, Kind.FAILURE) or header.round != rnd.index:
             raise ProtocolError(
                 f"rank {message.peer} sent {header.kind.name} of round {header.round}, expected sums of round {rnd.index}"

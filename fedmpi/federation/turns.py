@@ -4,14 +4,17 @@ It knows what a client owns, how updates are coded and who trains beside it; nev
 """
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from fedmpi import watch
 from fedmpi.codecs import Chain
-from fedmpi.errors import Aborted, FedmpiError
+from fedmpi.command import FAILED
+from fedmpi.errors import Aborted, FedmpiError, LinkError
 from fedmpi.federation.coding import OWNED, encode
 from fedmpi.federation.meeting import Meeting
 from fedmpi.federation.owned import Owned
@@ -34,6 +37,7 @@ class Turns:
     owned: Owned
     up: Chain  # what updates are coded by
     device: str
+    patience_s: float | None = None  # a turn without a step for so long is stuck; None: a turn is a run that watches over itself
 
     def take(self, rnd: Round, client: C, work: Callable[[C], Update], sent: Tensors) -> Update | Failure:
         """The client's boundary: what goes wrong inside is a Failure of this client, in this round, and of nobody else."""
@@ -42,7 +46,8 @@ class Turns:
         ready = replace(client, owned=owned)  # type: ignore[type-var]
         trace, meter = "", Meter(self.device)
         try:
-            done = self._coded(rnd, work(ready), sent, lost)
+            with watch.over(self.patience_s, self._alarm(rnd, client.id)):
+                done = self._coded(rnd, work(ready), sent, lost)
             outcome: Update | Failure = replace(done, metrics={**done.metrics, **meter.figures()})
         except Aborted:
             raise
@@ -57,6 +62,28 @@ class Turns:
         if isinstance(agreed, Failure) or agreed.owned is None:
             return agreed
         return replace(agreed, owned=None, owned_sha256=self.owned.offer(client.id, agreed.owned))
+
+    def _alarm(self, rnd: Round, client: int) -> Callable[[str], None]:
+        """What is done about a turn that is stuck for good: the server goes on without it; where nobody can, the process ends."""
+        post, told = self.meeting.post, False
+
+        def report(why: str) -> None:
+            nonlocal told
+            try:
+                if post is None:
+                    raise LinkError("nobody is there to go on without it")
+                if not told:
+                    post.alarm(SERVER, Kind.STUCK, why, rnd.index, client)
+                    told = True
+                post.transport.check()
+                if (lost := post.transport.failures.get(SERVER)) is not None:
+                    raise lost
+            except LinkError as error:
+                where = f"rank {self.meeting.rank}: round {rnd.index}, client {client}"
+                print(f"fedmpi: {where}: {why}, and cannot be interrupted; {error}: this process ends", file=sys.stderr, flush=True)
+                os._exit(FAILED)
+
+        return report
 
     def _coded(self, rnd: Round, update: Update, sent: Tensors, lost: Tensors) -> Update:
         """The update as its chain has it: what it says is what counts everywhere. A residual joins what the client owns."""
@@ -74,6 +101,11 @@ class Turns:
         said = json.dumps({"kind": outcome.kind, "message": outcome.message}) if isinstance(outcome, Failure) else None
         fault = self.meeting.inner.settle(said)
         return outcome if fault is None else Failure(outcome.client, **json.loads(fault))
+
+
+def overtaken(post: Post) -> bool:
+    """Whether the server has gone on: between broadcast and answer it says nothing to who is waited for."""
+    return post.transport.holds({SERVER})
 
 
 def hand_in(post: Post, rnd: Round, outcome: Update | Failure) -> None:

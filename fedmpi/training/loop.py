@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from fedmpi import watch
 from fedmpi.data.batching import Batch, batches
 from fedmpi.data.prompts import Example
 from fedmpi.errors import NonFinite, TrainingError
@@ -221,6 +222,7 @@ def _gradients(turn: _Turn, step: Step, tally: _Tally) -> Step:
             # Engines divide the sum of gradients by the number of ranks; the division that counts is by supervised tokens.
             turn.engine.backward(part * (turn.engine.size / supervised))
         loss += part.detach()
+        watch.tick()
     turn.engine.ready()
     tally.examples += sum(batch.num_examples for batch in step.batches)
     tally.tokens += sum(batch.num_tokens for batch in step.batches)

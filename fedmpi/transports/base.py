@@ -42,8 +42,10 @@ class Transport:
         self.rank, self.size, self.peers, self.timeout_s = rank, size, tuple(sorted(wires)), timeout_s
         self.limit_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # more could not be held anyway
         self.in_chunks: frozenset[Kind] = frozenset()  # of these kinds, large payloads are received chunk by chunk
+        self.tolerant = False  # a peer that ends with an error ends its link, and not the job
         self.turn = nullcontext() if turn is None else turn
         self.sent, self.received = ({peer: Traffic() for peer in self.peers} for _ in range(2))
+        self.past: list[Traffic] = []  # of links that were made anew since
         self.failures: dict[int, LinkError] = {}
         self._chunk_bytes, self._reconnect, self._last_resort = chunk_bytes, reconnect, last_resort
         self._gather_all, self._num_gathered = gather_all, 0
@@ -98,6 +100,20 @@ class Transport:
         self._round = max(self._round, message.header.round)
         return message
 
+    def holds(self, peers: Collection[int]) -> bool:
+        """Whether a message of any of these peers is there, so that `receive` would not wait."""
+        return self._inbox.holds(frozenset(peers))
+
+    def drop(self, peer: int, why: str) -> None:
+        """Give up a link, and tell the peer why: it ends with this text."""
+        link = self._links[peer]
+        if not link.closed and not link.ended:
+            link.post(Kind.ABORT, why)
+            with self._state:
+                self._state.wait_for(lambda: link.ended or link.closed, GRACE_S)
+        self.failures.setdefault(peer, PeerLost(why))
+        self.lost(link, self.failures[peer])
+
     def check(self, phase: str = "check") -> None:
         """Raise Aborted if any rank has ended the job; cheap enough for every training step."""
         if self._aborted is not None:
@@ -143,6 +159,8 @@ class Transport:
             raise
         with self._state:
             self.failures.pop(peer, None)
+            self.past += [self.sent[peer], self.received[peer]]
+            self.sent[peer], self.received[peer] = Traffic(), Traffic()
             self._links[peer] = self._over_wire(peer, wire)
         self._links[peer].start()
 
@@ -198,8 +216,12 @@ class Transport:
                 if not self._stop:  # the server hears it from one client and tells the others
                     self.want_stop()
             elif header.kind == Kind.ABORT:
-                text = b"" if payload is None else payload.numpy().tobytes()
-                self._spread(text.decode(errors="replace"), link)
+                text = (b"" if payload is None else payload.numpy().tobytes()).decode(errors="replace")
+                if self.tolerant:
+                    self.failures.setdefault(link.peer, PeerLost(text))
+                    link.post(Kind.BYE)
+                else:
+                    self._spread(text, link)
             elif header.kind != Kind.BYE and not link.closed:
                 self._inbox.put(Message(link.peer, header, payload, note, first))
             self._state.notify_all()

@@ -113,6 +113,11 @@ class Inbox:
             finally:
                 self._awaited.remove(wanted)
 
+    def holds(self, wanted: frozenset[int]) -> bool:
+        """Whether a message of any of these peers is there."""
+        with self._state:
+            return any(message.peer in wanted for message in self._messages)
+
     def _pop(self, wanted: frozenset[int]) -> Message | None:
         for index, message in enumerate(self._messages):
             if message.peer in wanted:

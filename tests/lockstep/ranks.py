@@ -1,7 +1,8 @@
 """Ranks as threads of one process: the in-process transport carries what the real ones carry, so a test can run eight ranks."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +30,20 @@ class Stops(Hook):
             Stops.tell()
 
 
+HERE = threading.local()  # the transport of the rank that a thread is
+
+
+@contextmanager
+def stepping_back() -> Iterator[None]:
+    """What a rank does that is a thread while it hangs: the others compute."""
+    turn = HERE.transport.turn
+    turn.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        turn.__enter__()
+
+
 STOPS = f"--train.hooks=[{__name__}.Stops]"
 
 
@@ -50,6 +65,7 @@ def run(wanted: Recipe, folder: Path, size: int = 1, stop_rank: int | None = Non
         Stops.tell = staticmethod(transports[stop_rank].want_stop)
 
     def rank(number: int) -> None:
+        HERE.transport = transports[number]
         try:
             with transports[number] as transport, transport.turn:
                 program = _program(wanted, number, size, Post(transport))

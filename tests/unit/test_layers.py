@@ -15,7 +15,7 @@ FLOORS = {
     3: "accord exchange federation checkpoint commits base emulation folder host progress recipe result stop target",
     2: "transports codecs training offsite evaluation",
     1: "messages manifest round world ledger meter aggregation models data",
-    0: "tensors seeding config command errors lazy timeleft",
+    0: "tensors seeding config command errors lazy timeleft watch",
 }
 FLOOR_OF = {house: floor for floor, houses in FLOORS.items() for house in houses.split()} | {"": 0}
 NO_DOORS_BETWEEN = {1, 2, 4}  # houses of these floors do not know their neighbours

@@ -1,0 +1,131 @@
+"""Clients that hang, come late or are lost with their rank: the round goes on without them, and nothing waits for ever."""
+
+import json
+import threading
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from fedmpi.errors import Aborted, LinkError, PeerLost
+from fedmpi.federation import turns
+from fedmpi.training import Hook
+from tests.lockstep.ranks import HERE, recipe, run, stepping_back
+
+STEADY = ["--clients=3", "--clients_per_round=3", "--timeout_s=1", "--eval_every=0"]
+
+
+@dataclass(frozen=True)
+class Hangs(Hook):
+    """In its round `at`, a rank's turn hangs until it is let go, which happens when another rank comes to round `until`."""
+
+    rank: ClassVar[int] = 0
+    at: ClassVar[int] = -1
+    until: ClassVar[int] = -1
+    rounds: ClassVar[Counter[int]] = Counter()
+    let_go: ClassVar[threading.Event] = threading.Event()
+
+    def before_step(self, step: Any) -> None:
+        rank = HERE.transport.rank if hasattr(HERE, "transport") else 0
+        if step.index == 1:
+            self.rounds[rank] += 1
+            if (rank, self.rounds[rank] - 1) == (Hangs.rank, Hangs.at):
+                self.hang(rank)
+            elif self.rounds[rank] - 1 == Hangs.until:
+                Hangs.let_go.set()
+
+    def hang(self, rank: int) -> None:
+        with stepping_back() if rank else nullcontext():
+            assert Hangs.let_go.wait(60)
+
+
+class Falls(Hook):
+    """In its second round, rank 2 is gone: as a process that dies, or with an error that is not a client's."""
+
+    error: ClassVar[BaseException | None] = None
+    turns: ClassVar[Counter[int]] = Counter()
+
+    def before_step(self, step: Any) -> None:
+        rank = HERE.transport.rank
+        self.turns[rank] += 1
+        if (rank, self.turns[rank]) == (2, 4):
+            if self.error is None:
+                HERE.transport._links[0].close()
+            raise self.error or SystemExit
+
+
+@pytest.fixture(autouse=True)
+def anew() -> None:
+    Hangs.rank, Hangs.at, Hangs.until, Hangs.let_go = 0, -1, -1, threading.Event()
+    Hangs.rounds.clear()
+    Falls.turns.clear()
+    Falls.error = None
+
+
+HANGS, FALLS = (f"--train.hooks=[{__name__}.{name}]" for name in ("Hangs", "Falls"))
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+def rounds_of(folder: Path) -> list[dict[str, Any]]:
+    return [line for line in lines_of(folder) if "event" not in line]
+
+
+def test_a_turn_that_hangs_is_interrupted_and_its_clients_failure(settings: list[str], tmp_path: Path) -> None:
+    """In one process: the sleep ends in an error at its place, and the next client has its turn."""
+    Hangs.at = 4
+    assert run(recipe(*settings, *STEADY, HANGS), tmp_path) == [0]
+    rounds = rounds_of(tmp_path)
+    assert [line["counted"] for line in rounds] == [[0, 1, 2], [0, 2], [0, 1, 2], [0, 1, 2]]
+    assert rounds[1]["failures"]["1"].startswith("Stuck: no step for") and "threading.py" in rounds[1]["failures"]["1"]
+
+
+def test_what_cannot_be_interrupted_is_left_out_and_its_late_update_dropped(settings: list[str], tmp_path: Path) -> None:
+    Hangs.rank, Hangs.at, Hangs.until = 2, 1, 3
+    assert run(recipe(*settings, *STEADY, HANGS, "--rounds=7"), tmp_path, 4) == [0] * 4
+    rounds = rounds_of(tmp_path)
+    assert [line["counted"] for line in rounds[:4]] == [[0, 1, 2], [0, 2], [0, 2], [0, 2]]
+    assert rounds[-1]["counted"] == [0, 1, 2] and all(line["cohort"] == [0, 1, 2] for line in rounds)
+    assert "Stuck: no step for" in rounds[1]["failures"]["1"]
+    late = [line["late_bytes"] for line in rounds if "late_bytes" in line]
+    assert late == [rounds[0]["up_bytes"] // 3]
+    assert all(line["control_bytes"] >= 0 for line in rounds)
+
+
+def test_who_hangs_when_the_run_ends_is_let_go_of(settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process would end; here it is a thread."""
+    codes: list[int] = []
+    monkeypatch.setattr(turns.os, "_exit", lambda code: (codes.append(code), Hangs.let_go.set()))
+    Hangs.rank, Hangs.at = 2, 3
+    results = run(recipe(*settings, *STEADY, HANGS), tmp_path, 4)
+    assert [results[rank] for rank in (0, 1, 3)] == [0] * 3 and isinstance(results[2], Aborted)
+    assert codes and set(codes) == {1}
+    assert [line["counted"] for line in rounds_of(tmp_path)] == [[0, 1, 2]] * 3 + [[0, 2]]
+
+
+@pytest.mark.parametrize("error", [None, MemoryError("no memory for the links")])
+def test_the_run_goes_on_without_a_rank_that_is_gone(settings: list[str], tmp_path: Path, error: BaseException | None) -> None:
+    Falls.error = error and SystemExit(str(error))
+    results = run(recipe(*settings, *STEADY, FALLS, "--on_rank_lost=continue"), tmp_path, 4)
+    assert [results[rank] for rank in (0, 1, 3)] == [0] * 3
+    assert [line["counted"] for line in rounds_of(tmp_path)] == [[0, 1, 2]] + [[0, 2]] * 3
+    (lost,) = [line for line in lines_of(tmp_path) if line.get("event") == "rank_lost"]
+    assert (lost["round"], lost["rank"], lost["clients"]) == (1, 2, [1])
+    assert error is None or str(error) in lost["message"]
+
+
+def test_without_enough_others_the_run_gives_up(settings: list[str], tmp_path: Path) -> None:
+    results = run(recipe(*settings, *STEADY, FALLS, "--on_rank_lost=continue", "--min_clients=3"), tmp_path, 4)
+    assert [results[rank] for rank in (0, 1, 3)] == [1] * 3
+    assert [line["attempt"] for line in lines_of(tmp_path) if line.get("event") == "quorum_lost"] == [0, 1, 2, 3]
+
+
+def test_otherwise_a_rank_that_is_gone_ends_the_run_on_all(settings: list[str], tmp_path: Path) -> None:
+    results = run(recipe(*settings, *STEADY, FALLS), tmp_path, 4)
+    assert isinstance(results[0], PeerLost) and "rank 2" in str(results[0])
+    assert all(isinstance(result, LinkError) for result in (results[1], results[3]))
