@@ -103,6 +103,8 @@ def quantization(recipe: "Recipe") -> None:
         )
     if recipe.train.engine == "deepspeed" and recipe.train.zero_stage == 3:
         raise ConfigError(f"{given}: train.zero_stage 3 shares out the base, which cannot be: give 1 or 2")
+    if recipe.train.engine == "fsdp":
+        raise ConfigError(f"{given}: train.engine fsdp shares out the base, which cannot be: give ddp")
 
 
 def rule(recipe: "Recipe") -> None:

@@ -54,7 +54,7 @@ class Recipe:
         sampling: all, uniform, weighted (by data size), or fixed:0,3,5
         min_clients: fewer updates than this and the round does not count
         weights: an update weighs its client's training examples, 1, or the examples processed in the round
-        ranks_per_client: ranks that train one client together, with train.engine ddp
+        ranks_per_client: ranks that train one client together, with train.engine ddp, fsdp or deepspeed
         groups: unequal groups of ranks, such as 4,2,1
         threads: torch threads of every rank, whatever the launcher
         device: auto, cpu, cuda, or cuda:1

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Optimizer = Literal["adamw", "adam", "sgd", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
 Schedule = Literal["constant", "cosine", "linear"]
 Precision = Literal["fp32", "bf16", "fp16", "half"]
-EngineName = Literal["plain", "ddp", "deepspeed"]
+EngineName = Literal["plain", "ddp", "fsdp", "deepspeed"]
 StateBetweenTurns = Literal["fresh", "keep"]
 OnNonfinite = Literal["fail", "skip"]
 _CHOICES: Mapping[str, object] = {
@@ -59,7 +59,7 @@ class Config:
         precision: fp32; bf16 or fp16 for autocast, fp16 with a scaled loss: trained weights stay in fp32; half: everything in
             the base's type, float16 or bfloat16, optimiser state too, the loss unscaled.
         checkpointing: keep a layer's input alone and compute the layer again in the backward pass: less memory, more time.
-        engine: plain, or among the ranks of a clustered client ddp or deepspeed.
+        engine: plain, or among the ranks of a clustered client ddp (a whole model on each), fsdp or deepspeed (in parts).
         zero_stage: what deepspeed shares out among a client's ranks: 1 optimiser state, 2 gradients too (default), 3 weights too.
         zero_offload: keep the optimiser's state, and its work, on the CPU (deepspeed).
         deepspeed: a JSON file with further settings of DeepSpeed; it may not contradict the recipe.
@@ -110,10 +110,10 @@ class Config:
         if self.engine != "deepspeed":
             for key in ("zero_stage", "zero_offload", "deepspeed"):
                 _expect(self, key, lambda value: not value, f"nothing with train.engine {self.engine}: it belongs to deepspeed")
-        else:
+        if self.engine in ("fsdp", "deepspeed"):
             _expect(self, "zero_stage", (None, 1, 2, 3).__contains__, "1, 2 or 3")
-            _expect(self, "precision", ("fp32", "bf16").__contains__, "fp32 or bf16 with train.engine deepspeed")
-            _expect(self, "optimizer_state", "fresh".__eq__, "fresh with train.engine deepspeed, which keeps it in parts")
+            _expect(self, "precision", ("fp32", "bf16").__contains__, f"fp32 or bf16 with train.engine {self.engine}")
+            _expect(self, "optimizer_state", "fresh".__eq__, f"fresh with train.engine {self.engine}, which keeps it in parts")
 
 
 def _expect(config: Config, key: str, allowed: Callable[..., bool], words: str) -> None:

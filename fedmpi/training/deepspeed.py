@@ -18,7 +18,7 @@ from torch import distributed as dist
 
 from fedmpi.errors import TrainingError
 from fedmpi.training import Config, inner, zero
-from fedmpi.training.engines import Engine
+from fedmpi.training.engine import Engine, keeps_gradients
 from fedmpi.training.hooks import Hook
 
 
@@ -33,10 +33,8 @@ class Zero(Engine):
     sets_local_rank: bool = False
 
     def admit(self, hooks: Sequence[Hook]) -> None:
-        """Refuse hooks that add to gradients: here they lie in parts, out of reach, when a hook is called."""
-        names = [type(hook).__name__ for hook in hooks if type(hook).after_backward is not Hook.after_backward]
-        if names:
-            raise TrainingError(f"train.engine deepspeed keeps gradients to itself, but {', '.join(names)} changes them: use ddp")
+        """Refuse hooks that add to gradients."""
+        keeps_gradients("deepspeed", hooks)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of this rank's part; they are summed over the ranks on the way or in the step."""

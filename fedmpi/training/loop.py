@@ -19,7 +19,7 @@ from fedmpi.models import costs
 from fedmpi.models.logits import supervised_logits
 from fedmpi.seeding import seed_everything, seed_for
 from fedmpi.training import Config, engines, optim
-from fedmpi.training.engines import Engine
+from fedmpi.training.engine import Engine
 from fedmpi.training.hooks import Hook, Step, load_hooks
 from fedmpi.training.precision import autocast, prepared
 
@@ -112,7 +112,7 @@ def fit(
         seed_everything(seed_for(seed, "dropout", *([turn.engine.rank] if turn.engine.rank else [])))
         draws = batches(examples, config.batch_size * turn.engine.size, seed_for(seed, "batches"), pad_id)
         try:
-            tally = _train(model, turn, islice(draws, turn.num_micro))
+            tally = _train(turn, islice(draws, turn.num_micro))
             turn.engine.gather()
         finally:
             turn.engine.close()
@@ -185,7 +185,7 @@ def _begin(
     )
 
 
-def _train(model: torch.nn.Module, turn: _Turn, draws: Iterator[Batch]) -> _Tally:
+def _train(turn: _Turn, draws: Iterator[Batch]) -> _Tally:
     turn.engine.admit(turn.hooks)
     tally = _Tally()
     # A step that may be skipped is looked at before it is taken, whatever the wait for it costs.
@@ -193,7 +193,7 @@ def _train(model: torch.nn.Module, turn: _Turn, draws: Iterator[Batch]) -> _Tall
     look_every = 1 if at_once else CHECK_EVERY
     for index in range(turn.num_steps):
         optim.set_rate(turn.optimizer, optim.rate(turn.config, index, turn.num_steps))
-        step = Step(model, turn.optimizer, index, turn.num_steps, list(islice(draws, turn.config.accumulation)))
+        step = Step(turn.engine.bare, turn.optimizer, index, turn.num_steps, list(islice(draws, turn.config.accumulation)))
         for hook in turn.hooks:
             hook.before_step(step)
         step = _gradients(turn, step, tally)

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +19,10 @@ from fedmpi.tensors import digest
 from fedmpi.training import Config, Hook, InnerWorld, Step, fit, host, join
 
 TIMEOUT_S = 60.0
+
+
+class Output(NamedTuple):
+    logits: torch.Tensor
 
 
 class Running(torch.nn.Module):
@@ -34,7 +38,7 @@ class Running(torch.nn.Module):
         inside = self.embed(input_ids) * attention_mask[..., None]
         before = inside.cumsum(1) / attention_mask.cumsum(1)[..., None]
         hidden = torch.tanh(self.mix(torch.cat([inside, before], dim=-1)))
-        return SimpleNamespace(logits=self.head(hidden[:, logits_to_keep]))
+        return Output(self.head(hidden[:, logits_to_keep]))
 
     def get_input_embeddings(self):
         return self.embed

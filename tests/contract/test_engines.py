@@ -1,4 +1,4 @@
-"""DeepSpeed inside a client of two ranks, on CPUs: every stage gives the steps of one rank with twice the batch."""
+"""FSDP and DeepSpeed inside a client of two ranks, on CPUs: they give the steps of one rank with twice the batch."""
 
 import json
 import os
@@ -29,6 +29,11 @@ TURNS = [
     {"zero_stage": 3, "LAYERS": 2, "precision": "bf16", "checkpointing": True} | ADAMW,
     {"zero_stage": 2, "BREAKS": True},
     {"epochs": 1},
+    {"engine": "fsdp"},
+    {"engine": "fsdp", "BREAKS": True},
+    {"engine": "fsdp", "clip_norm": 0.05} | ADAMW,
+    {"engine": "fsdp", "LAYERS": 2, "precision": "bf16", "checkpointing": True} | ADAMW,
+    {"engine": "fsdp", "epochs": 1},
 ]
 
 
@@ -54,7 +59,7 @@ def said(folder: Path, turn: int) -> dict[str, object]:
 @pytest.mark.parametrize("turn", [n for n, settings in enumerate(TURNS) if "BREAKS" not in settings])
 def test_two_ranks_are_one_with_twice_the_batch(folder: Path, turn: int) -> None:
     """In fp32 with SGD within 1e-5; with AdamW the loss within 1e-4. In bf16 two halves of a batch are rounded apart."""
-    settings = {key: value for key, value in TURNS[turn].items() if not key.startswith("zero")}
+    settings = {key: value for key, value in TURNS[turn].items() if not key.startswith(("zero", "engine"))}
     alone, counts = train("client", 3, 2, dict(settings))
     first = said(folder, turn)
     for key in ("tokens", "supervised", "steps"):
@@ -101,15 +106,16 @@ def test_an_empty_or_partial_tensor_is_never_sent(kept: int) -> None:
 
 def test_a_hook_that_changes_gradients_is_refused() -> None:
     from fedmpi.training.deepspeed import Zero
+    from fedmpi.training.fsdp import Sharded
 
     class Adds(Hook):
         def after_backward(self, step):
             """Would add to gradients that are not there."""
 
-    engine = Zero(SimpleNamespace(), None, None)
-    engine.admit([Hook()])
-    with pytest.raises(TrainingError, match="Adds changes them: use ddp"):
-        engine.admit([Hook(), Adds()])
+    for engine, name in ((Zero(SimpleNamespace(), None, None), "deepspeed"), (Sharded(SimpleNamespace(), None, None), "fsdp")):
+        engine.admit([Hook()])
+        with pytest.raises(TrainingError, match=f"train.engine {name} keeps gradients to itself, but Adds changes them: use ddp"):
+            engine.admit([Hook(), Adds()])
 
 
 def config(file: Path, content: object, **settings: object) -> Config:
@@ -168,6 +174,9 @@ def test_a_file_that_contradicts_the_recipe_names_the_key(content, settings, wor
         ({"engine": "ddp", "deepspeed": "x.json"}, "train.deepspeed is 'x.json'; allowed is nothing with train.engine ddp"),
         ({"engine": "deepspeed", "zero_stage": 4}, "train.zero_stage is 4; allowed is 1, 2 or 3"),
         ({"engine": "deepspeed", "precision": "fp16"}, "train.precision is 'fp16'; allowed is fp32 or bf16"),
+        ({"engine": "fsdp", "precision": "half"}, "train.precision is 'half'; allowed is fp32 or bf16 with train.engine fsdp"),
+        ({"engine": "fsdp", "optimizer_state": "keep"}, "train.optimizer_state is 'keep'; allowed is fresh with train.engine fsdp"),
+        ({"engine": "fsdp", "zero_stage": 2}, "train.zero_stage is 2; allowed is nothing with train.engine fsdp"),
         ({"engine": "deepspeed", "optimizer_state": "keep"}, "train.optimizer_state is 'keep'; allowed is fresh"),
     ],
 )

@@ -2,19 +2,23 @@
 
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from program import RECIPE, REPOSITORY, TORCHRUN, run
+from cluster import Cluster
+from program import LAUNCH_S, RECIPE, REPOSITORY, TORCHRUN, run
 from test_mpirun import MPICH, OPEN_MPI, environment_of
+from test_slurm import of_the_program
 
 pytestmark = pytest.mark.timeout(600)
 HOOK = '''
 import os
 from fedmpi.training import Hook
 
-RANK = int(next(os.environ[name] for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK") if name in os.environ))
+RANK = int(next(os.environ[name] for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID") if name in os.environ))
 
 class Breaks(Hook):
     """The second member of the first client raises in its second turn, while its leader waits for it in a collective."""
@@ -38,37 +42,44 @@ def rounds(folder: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "event" not in line]
 
 
-def command(launcher: str, ranks: int, *settings: str) -> tuple[list[str], dict[str, str]]:
-    """What starts the program on so many ranks, and the environment that it needs."""
+def start(launcher: str, slurm: Callable[[], Cluster], folder: Path, *settings: str) -> str:
+    """Run the program on five ranks, two for each of two clients; gives what was printed."""
+    (folder / "breaking.py").write_text(HOOK)
+    wanted = [*SETTINGS, *settings]
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     if launcher == "torchrun":
-        start = [*TORCHRUN, "--standalone", "--nproc_per_node", str(ranks), "-m", "fedmpi.run"]
-        return [*start, *SETTINGS, *settings], {}
-    start = ["bash", str(REPOSITORY / "launch/mpirun.sh"), str(ranks)]
-    return [*start, *SETTINGS, *settings], environment_of(OPEN_MPI if launcher == "openmpi" else MPICH)
+        command = [*TORCHRUN, "--standalone", "--nproc_per_node", "5", "-m", "fedmpi.run", *wanted]
+        return run(command, folder, PYTHONPATH=path)
+    if launcher == "srun":
+        command = ["srun", "--ntasks=5", "--overcommit", "--time=9", f"--chdir={folder}", sys.executable, "-m", "fedmpi.run"]
+        return slurm().run(*command, *wanted, timeout_s=LAUNCH_S, **of_the_program() | {"PYTHONPATH": path})
+    command = ["bash", str(REPOSITORY / "launch/mpirun.sh"), "5", *wanted]
+    return run(command, folder, PYTHONPATH=path, **environment_of(OPEN_MPI if launcher == "openmpi" else MPICH))
 
 
-def python_path(folder: Path) -> str:
-    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-
-
-DDP, ZERO = ("--train.engine=ddp",), ("--train.engine=deepspeed", "--train.zero_stage=3")
+ENGINES = {
+    "ddp": ("--train.engine=ddp",),
+    "fsdp": ("--train.engine=fsdp",),
+    "zero": ("--train.engine=deepspeed", "--train.zero_stage=3"),
+}
+FAST = ("torchrun-ddp", "openmpi-zero")  # every launch takes half a minute
+MARKS = {"torchrun": [], "openmpi": [pytest.mark.mpi], "mpich": [pytest.mark.mpi], "srun": [pytest.mark.slurm]}
 CASES = [
-    pytest.param("torchrun", DDP, id="torchrun-ddp"),
-    pytest.param("openmpi", ZERO, id="openmpi-zero", marks=pytest.mark.mpi),
-    # half a minute each, and every launcher and every engine has had its turn above
-    pytest.param("torchrun", ZERO, id="torchrun-zero", marks=pytest.mark.slow),
-    pytest.param("openmpi", DDP, id="openmpi-ddp", marks=[pytest.mark.mpi, pytest.mark.slow]),
-    pytest.param("mpich", ZERO, id="mpich-zero", marks=[pytest.mark.mpi, pytest.mark.slow]),
+    pytest.param(launcher, engine, id=name, marks=marks if name in FAST else [*marks, pytest.mark.slow])
+    for launcher, marks in MARKS.items()
+    for engine in ENGINES
+    for name in [f"{launcher}-{engine}"]
 ]
 
 
 @pytest.mark.parametrize(("launcher", "engine"), CASES)
-def test_a_member_that_raises_costs_its_client_one_round(launcher: str, engine: tuple[str, ...], tmp_path: Path) -> None:
-    if engine == ZERO:
+def test_a_member_that_raises_costs_its_client_one_round(
+    launcher: str, engine: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if engine == "zero":
         pytest.importorskip("deepspeed", reason="no deepspeed here: pip install 'fedmpi[deepspeed]'")
-    (tmp_path / "breaking.py").write_text(HOOK)
-    start, more = command(launcher, 5, "--ranks_per_client=2", "--train.hooks=breaking.Breaks", *engine)
-    output = run(start, tmp_path, PYTHONPATH=python_path(tmp_path), **more)
+    asked = ("--ranks_per_client=2", "--train.hooks=breaking.Breaks", *ENGINES[engine])
+    output = start(launcher, lambda: request.getfixturevalue("slurm"), tmp_path, *asked)
     first, second, third = rounds(tmp_path)
     assert first["counted"] == third["counted"] == [0, 1]
     assert second["counted"] == [1]

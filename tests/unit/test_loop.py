@@ -238,7 +238,7 @@ def test_nothing_to_train_on_or_with():
         ("optimizer", "adagrad", "one of adamw, adam, sgd, adamw8bit, paged_adamw, paged_adamw8bit"),
         ("schedule", "step", "one of constant, cosine, linear"),
         ("precision", "fp8", "one of fp32, bf16, fp16, half"),
-        ("engine", "horovod", "one of plain, ddp, deepspeed"),
+        ("engine", "horovod", "one of plain, ddp, fsdp, deepspeed"),
         ("on_nonfinite", "ignore", "one of fail, skip"),
         ("optimizer_state", "lost", "one of fresh, keep"),
     ],

@@ -47,6 +47,7 @@ def test_quantisation_without_its_backend_is_one_clear_line(monkeypatch):
         (["--aggregation.rule=fedex"], "aggregation.rule fedex adds to the base"),
         (["--aggregation.rule=flora"], "aggregation.rule flora adds to the base"),
         (["--train.engine=deepspeed", "--train.zero_stage=3", "--ranks_per_client=2"], "train.zero_stage 3 shares out the base"),
+        (["--train.engine=fsdp", "--ranks_per_client=2"], "train.engine fsdp shares out the base"),
     ],
 )
 def test_what_does_not_go_with_a_quantised_base(arguments, words):
@@ -84,7 +85,7 @@ def test_an_optimiser_without_its_package_is_one_clear_line(monkeypatch):
         fit(with_lora(llama()), examples(2), Config(optimizer="adamw8bit"), seed=0, pad_id=PAD)
 
 
-@pytest.mark.parametrize("settings", [{"optimizer_state": "keep"}, {"engine": "deepspeed"}])
+@pytest.mark.parametrize("settings", [{"optimizer_state": "keep"}, {"engine": "deepspeed"}, {"engine": "fsdp"}])
 def test_what_does_not_go_with_eight_bit_state(settings):
     with pytest.raises(ConfigError, match="with train.optimizer adamw8bit"):
         Config(optimizer="adamw8bit", **settings)
