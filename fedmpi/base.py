@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmpi import models
-from fedmpi.errors import ModelError
 from fedmpi.seeding import seed_for
 from fedmpi.tensors import Tensors
 
@@ -109,8 +108,6 @@ class Base:
         model = models.add_adapter(backbone, self.peft, self.seed, tokenizer, self.layers)
         values = models.trainable(model)
         names = {self.layout.original(name) if self.layout else name: name for name in values}
-        if len(names) < len(values):
-            raise ModelError("an emulator that has a layer in two places cannot be tuned in the rounds: use algorithm fedot")
         return model, {name: values[inside] for name, inside in names.items()}, names
 
     @property

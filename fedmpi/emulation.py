@@ -13,15 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmpi import data, models, offsite
+from fedmpi import data, models, offsite, public_rows
 from fedmpi.base import Base, Given
 from fedmpi.checkpoint import file_sha256, sync
-from fedmpi.data.corpora import declaration
-from fedmpi.errors import CheckpointError, ConfigError, DataError, ModelError
+from fedmpi.errors import CheckpointError, ConfigError, ModelError
+from fedmpi.folder import read_object
 from fedmpi.host import Offsite
 from fedmpi.models import skeleton
 from fedmpi.offsite.builders import NEEDS_TEXT
-from fedmpi.offsite.structure import reshape
+from fedmpi.offsite.structure import Structure, reshape
 from fedmpi.recipe import Recipe
 from fedmpi.round import SERVER, place
 from fedmpi.seeding import seed_for
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from fedmpi.federation.supply import Supply
 
 FOLDER, ABOUT, WEIGHTS = "emulator", "emulation.json", "model.safetensors"
-PUBLIC_SEED = 1  # builtin:toy as a public set: problems of the same world, other ones than the clients'
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def on_server(
     tokenizer, model = models.load_tokenizer(wanted.model), models.load_model(wanted.model, device)
     own = folder / FOLDER
     there = own if (own / ABOUT).exists() else config.emulator and Path(config.emulator).expanduser()
-    examples = cache(lambda: public_examples(wanted, config, tokenizer, parties))
+    examples = cache(lambda: public_rows.examples(wanted, config, tokenizer, parties))
     if there:
         emulator = reopen(there, model, config)
     else:
@@ -208,6 +207,27 @@ def reopen(folder: Path, model: "PreTrainedModel", config: offsite.Config) -> of
     return replace(emulator, model=skeleton.whole(emulator.model, model.device))
 
 
+def open_model(config: models.Config, device: str) -> "PreTrainedModel":
+    """A model to be asked, as `models.load_model` gives it; an emulator of any builder too, though transformers knows not all."""
+    wanted = structure_of(config)
+    if not wanted:
+        return models.load_model(config, device)
+    folder, dtype = Path(config.path), models.dtype_of(config, device)
+    model = skeleton.empty(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    reshape(model, wanted)
+    for name, tensor in _tensors(folder / WEIGHTS):
+        skeleton.put(model, name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    model.name_or_path = models.public_name(config)
+    return skeleton.whole(model, device)
+
+
+def structure_of(config: models.Config) -> Structure:
+    """What the configuration of an emulator in a folder does not say; nothing where it says all, or is no emulator's."""
+    about = read_object(Path(config.path) / ABOUT) or {}
+    found: Structure = about.get("structure", {})
+    return found
+
+
 def _layout(said: Mapping[str, Any]) -> offsite.Layout:
     return offsite.Layout(**{**said, "emulator": tuple(said["emulator"])})
 
@@ -223,46 +243,3 @@ def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118 - it is no mapping
             yield name, file.get_tensor(name)
-
-
-def _refuse_clients_files(wanted: Recipe, config: offsite.Config) -> None:
-    """Public rows that are the clients' own would be aligned on what the server must not have."""
-    same = declaration(wanted.data.name) is declaration(config.public_name)
-    if same and wanted.data.path is None and config.public_path is None:
-        raise ConfigError(f"offsite.public_name {config.public_name} is the clients' corpus: give another one")
-    if wanted.data.path is None or config.public_path is None:
-        return
-    public = Path(config.public_path).expanduser().resolve()
-    for client in range(wanted.clients or 1):
-        theirs = Path(wanted.data.path.replace("{client}", str(client))).expanduser().resolve()
-        if public == theirs or theirs in public.parents or (theirs.is_file() and public in theirs.parents):
-            raise ConfigError(f"offsite.public_path {config.public_path} lies in the clients' files ({theirs}): give another one")
-
-
-def _digests(record: Any) -> set[str]:
-    """Every SHA-256 that stands somewhere in a record of data."""
-    if isinstance(record, Mapping):
-        own = {str(record["sha256"])} if isinstance(record.get("sha256"), str) else set()
-        return own.union(*map(_digests, record.values()))
-    return set().union(*map(_digests, record)) if isinstance(record, list | tuple) else set()
-
-
-def public_examples(wanted: Recipe, config: offsite.Config, tokenizer: Any, parties: data.Federated) -> "list[data.Example]":
-    """The rows that the server aligns on: its own, and nobody's secret."""
-    from fedmpi.data import toy
-
-    if config.public_name == "builtin:toy":
-        rows = [data.Row(**values, id=f"public:{i}") for i, values in enumerate(toy.rows(4096, PUBLIC_SEED, "train"))]
-    else:
-        _refuse_clients_files(wanted, config)
-        corpus = data.load(
-            replace(wanted.data, name=config.public_name, path=config.public_path, fields={}, num_rows=None), wanted.seed
-        )
-        used = _digests(parties.record)
-        if shared := used & {str(facts.get("sha256")) for facts in corpus.files.values()}:
-            raise DataError(f"offsite.public_path {config.public_path} is a file of the clients (SHA-256 {min(shared)[:12]})")
-        rows = corpus.train
-    examples, counts = data.tokenize(rows, tokenizer, wanted.data)
-    if not examples:
-        raise DataError(f"offsite.public_name {config.public_name}: none of {len(rows)} rows has a token to align on ({counts})")
-    return examples

@@ -113,6 +113,7 @@ def run(given: argparse.Namespace) -> int:
 
 def ask_all(target: Target, given: argparse.Namespace, device: str, transport: "Transport | None") -> int:
     """The questions of a task, shared by the ranks that there are; rank 0 keeps and shows the result."""
+    from fedmpi.emulation import open_model
     from fedmpi.evaluation.speaker import open_speaker
     from fedmpi.evaluation.task import Options
     from fedmpi.evaluation.tasks import Subject, build
@@ -125,7 +126,8 @@ def ask_all(target: Target, given: argparse.Namespace, device: str, transport: "
     task = build(Subject(options, models.load_tokenizer(target.model), target.data, target.clients, target.seed))
     result = Result(target.out, options.task.replace(":", "-").replace("/", "_"), target.facts(device), task)
     post = None if transport is None else Post(transport)
-    speaker = cache(lambda: open_speaker(target.model, target.adapter, device, given.batch_size))  # not where nothing is asked
+    asked = (target.model, target.adapter, device, given.batch_size, open_model)
+    speaker = cache(lambda: open_speaker(*asked))  # not where nothing is asked
     if post is not None and post.transport.rank != shards.HEAD:
         shards.help_out(post, lambda chunk: answered(task, speaker(), chunk))
         return FINISHED
@@ -141,8 +143,14 @@ def ask_all(target: Target, given: argparse.Namespace, device: str, transport: "
 def harness(target: Target, given: argparse.Namespace, device: str) -> int:
     """A task of lm-evaluation-harness; it cannot be interrupted and gone on with."""
     from fedmpi.checkpoint import write_atomically
+    from fedmpi.emulation import structure_of
     from fedmpi.evaluation.harness import evaluate
 
+    if kinds := structure_of(target.model):
+        raise ConfigError(
+            f"lm_eval opens models as transformers does, which knows nothing of this emulator's parts ({', '.join(kinds)}): take a "
+            "task of our own"
+        )
     name = given.task.partition(":")[2]
     found = evaluate(name, given.data, target.model, target.adapter, device, given.batch_size, given.rows)
     path = target.out / f"lm_eval-{name.replace('/', '_')}.json"

@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def answers(given: argparse.Namespace) -> list[tuple[str, list[tuple[str, str]]]]:
     """For each prompt what each of the models says. The base is loaded once and takes every adapter in turn."""
+    from fedmpi.emulation import open_model
     from fedmpi.evaluation.decoding import Decoding
     from fedmpi.evaluation.speaker import ModelSpeaker
     from fedmpi.host import pick_device
@@ -73,7 +74,7 @@ def answers(given: argparse.Namespace) -> list[tuple[str, list[tuple[str, str]]]
     others = tuple(map(recipe.short, wanted.compare))
     voices = list(find_voices(given.run_dir, wanted.scenario, given.compare, "adapter_emu" if emulated else "adapter", others))
     tokenizer: Any = models.load_tokenizer(backbone)
-    base: Any = models.load_model(backbone, pick_device(given.device, 0))
+    base: Any = open_model(backbone, pick_device(given.device, 0))
     prompts = [data.render(prompt, given.input, wanted.data.template, tokenizer) for prompt in given.prompt]
     said = []
     for _, folder in voices:

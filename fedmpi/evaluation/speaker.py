@@ -5,7 +5,7 @@ So a prompt's answer depends on its key and the seed, not on its neighbours in a
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,9 +144,11 @@ class ModelSpeaker:
         self.seconds += time.perf_counter() - began
 
 
-def open_speaker(config: models.Config, adapter: Path | None, device: str, batch_size: int) -> ModelSpeaker:
+def open_speaker(
+    config: models.Config, adapter: Path | None, device: str, batch_size: int, load: Callable[..., Any] = models.load_model
+) -> ModelSpeaker:
     """The model, with the adapter of a PEFT folder on it where one is given."""
-    tokenizer, model = models.load_tokenizer(config), models.load_model(config, device)
+    tokenizer, model = models.load_tokenizer(config), load(config, device)
     return ModelSpeaker(model if adapter is None else models.adapted(model, adapter), tokenizer, batch_size)
 
 

@@ -332,11 +332,23 @@ LONG = [pytest.param(builder, marks=pytest.mark.slow) for builder in ("influence
 
 
 @pytest.mark.parametrize("builder", ["shared", "thin", *LONG])
-def test_every_builders_emulator_travels_and_is_opened_again(wanted: Any, tmp_path: Path, builder: str) -> None:
-    """In one process and in three the same bytes; a run that opens the stored emulator of another ends in these too."""
+def test_every_builders_emulator_travels_and_is_opened_again(
+    wanted: Any, tmp_path: Path, builder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one process and in three the same bytes; a run that opens the stored emulator of another ends in these too, and who is
+    left with the emulator alone asks it."""
     given = wanted("fedbiot", f"--offsite.builder={builder}", "--offsite.bits=4", "--rounds=2")
     for name, size in (("one", 1), ("three", 3)):
         assert set(run(given, tmp_path / name, size)) == {0}
     opened = replace(given, offsite=replace(given.offsite, emulator=str(tmp_path / "one" / "emulator")))
     assert run(opened, tmp_path / "opened") == [0]
     assert left_by(tmp_path / "one") == left_by(tmp_path / "three") == left_by(tmp_path / "opened")
+    asked = [str(tmp_path / "one"), "--which", "emu"]
+    assert evaluate.main([*asked, "--task", "perplexity"]) == 0
+    score = json.loads((tmp_path / "one" / "evaluations" / "emu" / "perplexity.json").read_text())["score"]
+    final = json.loads((tmp_path / "one" / "summary.json").read_text())["final"]
+    assert score == pytest.approx(final["eval_loss_emu"], rel=1e-5) and score != pytest.approx(final["eval_loss"], rel=1e-5)
+    assert generate.main([*asked, "--prompt", "Say cat", "--max_new_tokens", "2"]) == 0
+    if builder in ("shared", "thin", "quantized"):  # transformers alone would make up what it does not find
+        assert evaluate.main([*asked, "--task", "lm_eval:piqa"]) == 2
+        assert "knows nothing of this emulator's parts" in capsys.readouterr().err
