@@ -50,6 +50,15 @@ def test_a_peer_that_dies_inside_a_message_in_chunks_is_named_at_once(transport:
     assert outcome(reports, 1, "breaks_off") == "ok"
 
 
+@pytest.mark.parametrize("transport", ["in_process", "torch"])
+def test_a_peer_that_dies_before_a_collective_is_named_and_nobody_hangs(transport: str) -> None:
+    reports = LAUNCHERS[transport](["dies_together"], 4, 60.0)
+    assert "rank 2 is gone" in outcome(reports, 0, "dies_together")
+    for rank in (1, 3):
+        said = outcome(reports, rank, "dies_together")
+        assert "rank 2 is gone" in said or "a collective failed" in said, said
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_peer_that_hangs_is_named_at_the_deadline(transport: str) -> None:
     reports = LAUNCHERS[transport](["silent"], 3, TIMEOUT_S)

@@ -18,6 +18,7 @@ from fedmpi.federation.post import Post
 from fedmpi.messages import Header, Kind
 from fedmpi.transports.base import Message, Transport
 from fedmpi.transports.link import NUM_CHUNKS, Outgoing, Traffic
+from fedmpi.transports.together import BROADCAST_BYTES
 
 CHUNK_BYTES = 5000  # the artificial limit: what holds past it holds past 2 GiB, where the real limit is
 TIMEOUT_S = 4.0
@@ -318,7 +319,41 @@ def lying(t: Transport) -> None:
     t.limit_bytes = limit
 
 
-GENTLE = (order, sizes, counters, arrival, chosen, in_chunks, busy, disagreement, stop, reopen, flipped, lying)
+def collectives(t: Transport) -> None:
+    """One buffer to all and the sum of all, exactly, in more than one piece; counted on both sides; anew as often as asked for."""
+    size = BROADCAST_BYTES + 17
+    for seed in range(2):
+        together = t.together()
+        data = torch.frombuffer(bytearray(pattern(size, seed) if t.rank == 0 else bytes(size)), dtype=torch.uint8)
+        sent, received = t.sent[t.peers[0]].payload_bytes, t.received[t.peers[0]].payload_bytes
+        together.broadcast(data, "collectives")
+        assert data.numpy().tobytes() == pattern(size, seed)
+        values = [torch.full((number,), 2.0**52 / 4 - 10**t.rank, dtype=torch.float64) for number in (1, 70_001)]
+        for begun in [together.add(one) for one in values]:
+            together.wait(begun, "collectives")
+        assert t.rank or all((one == 2.0**52 - sum(10**rank for rank in range(t.size))).all() for one in values)
+        moved = t.sent[t.peers[0]].payload_bytes - sent, t.received[t.peers[0]].payload_bytes - received
+        assert moved == ((8 * 70_002, size) if t.rank else (size, 8 * 70_002))
+        together.close()
+
+
+def dies_together(t: Transport) -> str:
+    """Who dies before it enters a collective is named by rank 0, and nobody who is inside hangs."""
+    with raises(LinkError) as caught, t:
+        together = t.together()
+        meet(t)
+        if t.rank == 2:
+            die(t)
+            t.receive([0], "a thread only breaks its wire")
+        before = time.monotonic()
+        try:
+            together.wait(together.add(torch.zeros(9, dtype=torch.float64)), "adding up")
+        finally:
+            assert time.monotonic() - before < t.timeout_s / 2
+    return str(caught.value)
+
+
+GENTLE = (order, sizes, counters, arrival, chosen, in_chunks, busy, disagreement, stop, collectives, reopen, flipped, lying)
 
 
 def dies(t: Transport) -> str | None:
