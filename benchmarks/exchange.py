@@ -1,10 +1,11 @@
 """What a round's exchange costs beside the bare library: broadcast, gather and exact mean of an adapter; nobody trains.
 
-    python benchmarks/exchange.py --clients 4 --rounds 20 --mib 16 [--launcher torchrun|mpirun|in_process]
+    python benchmarks/exchange.py --clients 4 --rounds 20 --mib 16 [--launcher torchrun|mpirun|in_process] [--exchange collective]
 
 It starts its ranks (one server, the clients) and prints one JSON line. The floor moves the same bytes in one flat buffer
 per peer, in the same processes, round by round in turn with ours: gloo's broadcast and send/recv with a weighted mean, the
-same with bare mpi4py, or copies in memory where the ranks are threads.
+same with bare mpi4py, or copies in memory where the ranks are threads. With --exchange collective it is the library's broadcast of
+the adapter and its reduce of the same float64 sums.
 """
 
 import argparse
@@ -39,6 +40,9 @@ class Floor(Protocol):
     def round(self) -> None:
         """Server to all, all to the server, weighted mean."""
 
+    def collective_round(self) -> None:
+        """The same by a broadcast and a reduce in float64."""
+
     def total(self, value: float) -> float:
         """The sum over all ranks."""
 
@@ -52,6 +56,7 @@ class Gloo:
         distributed.init_process_group("gloo")
         self.flat, self.rank, self.shares, self.library = flat, rank, shares_of(weights), distributed
         self.buffers = [torch.empty_like(flat) for _ in (weights if rank == SERVER else weights[:1])]
+        self.sums = torch.zeros_like(flat, dtype=torch.float64)
 
     def meet(self) -> None:
         """Wait for all ranks."""
@@ -71,6 +76,16 @@ class Gloo:
             mean.add_(buffer, alpha=share)
         self.flat = mean
 
+    def collective_round(self) -> None:
+        """The same by a broadcast and a reduce in float64."""
+        if self.rank != SERVER:
+            self.library.broadcast(self.buffers[0], SERVER)
+            self.library.reduce(torch.mul(self.flat, self.shares[self.rank - 1], out=self.sums), SERVER)
+            return
+        self.library.broadcast(self.flat, SERVER)
+        self.library.reduce(self.sums.zero_(), SERVER)
+        self.flat.copy_(self.sums)
+
     def total(self, value: float) -> float:
         """The sum over all ranks."""
         there = torch.tensor([value], dtype=torch.float64)
@@ -86,6 +101,7 @@ class Mpi:
 
         self.flat, self.rank, self.shares, self.library, self.world = flat, rank, shares_of(weights), MPI, MPI.COMM_WORLD.Dup()
         self.buffers = [torch.empty_like(flat) for _ in (weights if rank == SERVER else weights[:1])]
+        self.sums = torch.zeros_like(flat, dtype=torch.float64)
 
     def meet(self) -> None:
         """Wait for all ranks."""
@@ -105,6 +121,17 @@ class Mpi:
             mean.add_(self.buffers[index], alpha=self.shares[index])
         self.flat = mean
 
+    def collective_round(self) -> None:
+        """The same by a broadcast and a reduce in float64."""
+        if self.rank != SERVER:
+            self.world.Bcast(self.buffers[0].numpy(), SERVER)
+            torch.mul(self.flat, self.shares[self.rank - 1], out=self.sums)
+            self.world.Reduce(self.sums.numpy(), None, self.library.SUM, SERVER)
+            return
+        self.world.Bcast(self.flat.numpy(), SERVER)
+        self.world.Reduce(self.library.IN_PLACE, self.sums.zero_().numpy(), self.library.SUM, SERVER)
+        self.flat.copy_(self.sums)
+
     def total(self, value: float) -> float:
         """The sum over all ranks."""
         return float(self.world.allreduce(value))
@@ -123,6 +150,10 @@ class Copies:
         self.transport.turn.__exit__(None, None, None)
         self.barrier.wait()
         self.transport.turn.__enter__()
+
+    def collective_round(self) -> None:
+        """Threads have no library that could do it."""
+        raise NotImplementedError
 
     def round(self) -> None:
         """Server to all, all to the server, weighted mean."""
@@ -151,7 +182,7 @@ def measure(asked: argparse.Namespace, transport: Transport, make_floor: Callabl
     """One rank's part: warm up, then ours and the floor in turns; the server shows the figures."""
     rank, num_clients = transport.rank, transport.size - 1
     weights = [ranks.weight_of(client) for client in range(num_clients)]
-    fed = ranks.federation(transport, num_clients, WARM_UP + asked.rounds)
+    fed = ranks.federation(transport, num_clients, WARM_UP + asked.rounds, asked.exchange)
     started_s = ranks.seconds_since_start()
     mine = ranks.adapter(int(asked.mib * 2**20), seed=rank)
     held = mine if rank == SERVER else None
@@ -166,15 +197,16 @@ def measure(asked: argparse.Namespace, transport: Transport, make_floor: Callabl
         ours()
     peak = ranks.peak_rss_mb()  # before the floor takes its buffers
     floor = make_floor(flat_of(mine), weights)
+    theirs = floor.collective_round if asked.exchange == "collective" else floor.round
     for _ in range(WARM_UP):
-        floor.round()
+        theirs()
     seconds: dict[str, list[float]] = {"ours": [], "floor": []}
     cpu = dict.fromkeys(seconds, 0.0)
     for index in range(asked.rounds):
         for name in ("ours", "floor") if index % 2 else ("floor", "ours"):
             floor.meet()
             began, cpu_began = time.perf_counter(), time.process_time()
-            ours() if name == "ours" else floor.round()
+            ours() if name == "ours" else theirs()
             seconds[name].append(time.perf_counter() - began)
             floor.meet()  # what our threads do after the round is ours too
             cpu[name] += time.process_time() - cpu_began
@@ -202,6 +234,7 @@ def report(
         {
             "system": "fedmpi",
             "launcher": asked.launcher,
+            "exchange": asked.exchange,
             "clients": clients,
             "mib": asked.mib,
             "rounds": asked.rounds,
@@ -236,7 +269,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--mib", type=float, default=16)
     parser.add_argument("--launcher", choices=("torchrun", "mpirun", "in_process"), default="torchrun")
+    parser.add_argument("--exchange", choices=("star", "collective"), default="star")
     asked = parser.parse_args()
+    if asked.exchange == "collective" and asked.launcher == "in_process":
+        parser.error("--exchange collective: threads have no library to compare with; give --launcher torchrun or mpirun")
     torch.set_num_threads(1)
     world = from_environment(os.environ)
     if world.size > 1:

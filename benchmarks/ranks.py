@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from fedmpi import aggregation
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import Federation
 from fedmpi.federation.post import Post
+from fedmpi.federation.sums import Terms
 from fedmpi.federation.updates import Update
 from fedmpi.round import SERVER, Round, place
 from fedmpi.tensors import Tensors
@@ -61,15 +63,23 @@ def weight_of(client: int) -> int:
     return EXAMPLES + client
 
 
-def federation(transport: Transport | None, clients: int, rounds: int) -> Federation:
+def federation(transport: Transport | None, clients: int, rounds: int, exchange: str = "star") -> Federation:
     """One rank's view, greeted and welcomed, as a session does it."""
     rank, size = (SERVER, 1) if transport is None else (transport.rank, transport.size)
-    fed = Federation(place(clients, size), rank, None if transport is None else Post(transport))
-    fed.greet("benchmark", {client: weight_of(client) for client in fed.placement.hosted_by(rank)})
+    placement, post = place(clients, size), None if transport is None else Post(transport)
+    own = {client: weight_of(client) for client in placement.hosted_by(rank)}
+    terms = None if exchange == "star" else Terms("examples", own, lambda sent, rnd: partial(looked_at, sent))
+    fed = Federation(placement, rank, post, terms=terms, collective=exchange == "collective")
+    fed.greet("benchmark", own)
     if rank == SERVER:
         fed.conductor = Conductor([weight_of(client) for client in range(clients)], rounds, 0, clients)
     fed.welcome({}, 1 << 34)
     return fed
+
+
+def looked_at(sent: Tensors, client: int, like: Tensors) -> "Callable[[int, torch.Tensor], float]":
+    """As a rank looks at its clients' updates before it adds them up."""
+    return aggregation.begin(aggregation.Wanted(sent), like)
 
 
 def update(client: Client) -> Update:
