@@ -128,6 +128,12 @@ def show(result: Mapping[str, Any], path: Path) -> None:
     for key, value in result.items():
         if isinstance(value, int | float) and key not in ("score", "seconds", "model_seconds", "asked_now", "ranks", "threads"):
             print(f"  {key}: {value:.4f}" if isinstance(value, float) else f"  {key}: {value}")
+    for name, found in result.get("subtasks", {}).items():
+        print(
+            f"  {name}: {found['score']:.4f} ({found['metric']}, {found['num']} questions, {found['shots_dropped']} shots dropped)"
+        )
+    for name, why in result.get("left_out", {}).items():
+        print(f"  left out of the mean: {name}, {why}")
     if worst := result.get("worst_client"):
         print(f"  worst client: {worst['client']} (loss {worst['loss']:.4f} over {worst['num_tokens']} tokens)")
     print(f"  all outputs: {path}", flush=True)

@@ -13,7 +13,7 @@ from fedmpi.evaluation.decoding import Measure
 from fedmpi.evaluation.helm_table import SUBTASKS, SUITES
 from fedmpi.evaluation.shots import choose
 from fedmpi.evaluation.task import Options
-from fedmpi.result import Result
+from fedmpi.result import Result, show
 
 FIXTURES = {
     "mmlu_test": {"question": "2 + 2?", "subject": "x", "choices": ["3", "4", "5", "6"], "answer": 1},
@@ -98,13 +98,16 @@ def test_an_oracle_scores_one_and_its_opposite_nothing(suite, right, folder, tmp
         assert scores.get("msmarco_trec", 0) < 0.8
 
 
-def test_what_does_not_fit_is_left_out_of_the_mean_and_named(folder, tmp_path):
+def test_what_does_not_fit_is_left_out_of_the_mean_and_named(folder, tmp_path, capsys):
     task = helm.build(Options("helm-mini", data=str(folder)), "helm-mini", "")
     longest = {item.subtask: len(item.question.prompts[0]) for item in task.items}
     oracle = Knowing(task, context=longest["natural_qa_open"] + 99)
     found = Result(tmp_path / "out", "helm-mini", {}, task).make(oracle, 100)
     assert found["left_out"] == {"natural_qa_open": "4 of 4 inputs do not fit the model's context"}
     assert found["num_subtasks"] == 3 and found["score"] == 1.0
+    show(found, tmp_path)
+    told = capsys.readouterr().out
+    assert "left out of the mean: natural_qa_open, 4 of 4 inputs" in told and "imdb: 1.0000 (accuracy, 4 questions" in told
 
 
 def test_a_subtask_without_data_says_what_it_needs(folder, tmp_path):
