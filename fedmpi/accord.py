@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fedmpi import exchange
 from fedmpi.aggregation import FOLDING, ServerConfig
+from fedmpi.codecs import AUTO
 from fedmpi.errors import ConfigError
 from fedmpi.offsite import Config as OffsiteConfig
 from fedmpi.offsite import Scheme
@@ -70,6 +71,11 @@ def compare(recipe: "Recipe") -> None:
 def codec(recipe: "Recipe") -> None:
     """Chains that can be read."""
     recipe.chain("up"), recipe.chain("down")
+    if not 0 <= recipe.codec_budget < 1:
+        raise ConfigError(f"codec_budget {recipe.codec_budget}: give a share of at least 0 and below 1")
+    for key, default in (("codec_budget", 0.004), ("codec_chosen", None)):
+        if recipe.codec != AUTO and getattr(recipe, key) != default:
+            raise ConfigError(f"{key} {getattr(recipe, key)} belongs to codec auto, codec is {recipe.codec}")
 
 
 def places(recipe: "Recipe") -> None:

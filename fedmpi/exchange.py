@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fedmpi.aggregation import FOLDING
+from fedmpi.codecs import AUTO
 from fedmpi.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def single(recipe: "Recipe", algorithm: "ModuleType | None" = None) -> str:
         "aggregation.most_norm adaptive": rules.most_norm == "adaptive",
         "aggregation.record_error true": rules.record_error and recipe.peft.method == "lora",
         f"peft.client_ranks {','.join(map(str, recipe.peft.client_ranks))}": bool(recipe.peft.client_ranks),
-        coded: not recipe.chain("up").raw,
+        coded: (recipe.codec_up or recipe.codec) == AUTO or not recipe.chain("up").raw,
         "on_rank_lost continue": recipe.on_rank_lost == "continue",
         "a client of several ranks (ranks_per_client, groups)": recipe.clustered,
     }
@@ -53,7 +54,7 @@ def fits(recipe: "Recipe", algorithm: "ModuleType | None" = None) -> None:
         raise ConfigError(
             f"exchange {recipe.exchange} adds updates up on their way, {key} must see each: {advice}, or give exchange star"
         )
-    if recipe.exchange == "collective" and not recipe.chain("down").raw:
+    if recipe.exchange == "collective" and ((recipe.codec_down or recipe.codec) == AUTO or not recipe.chain("down").raw):
         raise ConfigError(
             f"exchange collective broadcasts values as they are: leave codec_down {recipe.codec_down or recipe.codec} out, "
             "or give exchange sums"

@@ -35,6 +35,7 @@ _NOT_THE_EXPERIMENT = (
     "checkpoint_every",
     "link_mbps",
     "exchange",
+    "codec_chosen",
 )
 
 
@@ -71,7 +72,10 @@ class Recipe:
         on_rank_lost: end the job, or continue without the clients of a rank that died or fell silent, until it is started again;
             auto continues under the launchers that leave the other ranks alone
         server_optimizer: none, or what steps along the clients' move: avgm (FedAvgM), adam, yogi or adagrad (FedAdam and so on)
-        codec: what tensors are coded by on their way: raw, or stages such as delta,int8,ef,zstd (see fedmpi.codecs)
+        codec: what tensors are coded by on their way: raw, or stages such as delta,int8,ef,zstd (see fedmpi.codecs), or auto = what
+            is best for links and ranks as they are measured before the first round
+        codec_budget: of auto: the most that a value may lose in a message, as a share of the largest magnitude in its block
+        codec_chosen: what auto has chosen; the run writes it into its config.yaml, and keeps to it
         codec_up: of updates, where it differs
         codec_down: of broadcasts, where it differs
         exchange: star = every update travels by itself; sums = a rank adds up those of its clients first, exactly; collective =
@@ -106,6 +110,8 @@ class Recipe:
     on_rank_lost: Literal["auto", "end", "continue"] = "auto"
     server_optimizer: Optimizer = "none"
     codec: str = "raw"
+    codec_budget: float = 0.004
+    codec_chosen: str | None = None
     codec_up: str | None = None
     codec_down: str | None = None
     exchange: Exchange = "star"
@@ -139,6 +145,8 @@ class Recipe:
     def chain(self, way: str) -> codecs.Chain:
         """How tensors are coded on their way up or down."""
         key = f"codec_{way}" if getattr(self, f"codec_{way}") is not None else "codec"
+        if key == "codec" and self.codec == codecs.AUTO:
+            return codecs.parse(self.codec_chosen or codecs.RAW, "codec_chosen")
         return codecs.parse(getattr(self, key), key)
 
     def beside(self, name: str) -> "Recipe":

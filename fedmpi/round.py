@@ -110,6 +110,13 @@ def fixed_cohort(sampling: str, num_clients: int) -> tuple[int, ...]:
     return chosen
 
 
+def cohort_of(sampling: str, clients_per_round: str | int | float | None, num_clients: int) -> int:
+    """How many clients a round of these settings has."""
+    if sampling.startswith("fixed:"):
+        return len(fixed_cohort(sampling, num_clients))
+    return cohort_size(clients_per_round, num_clients)
+
+
 def sample(sampling: str, size: int, weights: Sequence[int], seed: int, index: int, attempt: int) -> tuple[int, ...]:
     """The cohort of a round: a pure function of seed, round and attempt, evaluated by the server alone."""
     num_clients = len(weights)

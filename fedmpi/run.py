@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmpi import config, recipe, timeleft, training
+from fedmpi.codecs import AUTO, RAW
 from fedmpi.command import FAILED, FINISHED, STOPPED, fail, guarded
 from fedmpi.errors import CheckpointError, QuorumLost
 from fedmpi.recipe import Recipe
@@ -221,7 +222,25 @@ class Program:
         )  # fmt: skip
 
     def _fed(self, host: "Host", path: Path, title: str = "fed") -> "tuple[End, Any]":
-        return self._session(self.recipe, host, path, "fed", self.post, title).train()
+        session = self._session(self.recipe, host, path, "fed", self.post, title)
+        if self.recipe.codec == AUTO:
+            session = self._coded(session, path)
+        return session.train()
+
+    def _coded(self, session: "Session", path: Path) -> "Session":
+        """The same with a chain, chosen now or before; it joins the run's settings and its record."""
+        from fedmpi import choosing
+
+        host = session.host
+        num_values = sum(tensor.numel() for tensor in host.base.fresh.values())
+        chosen = choosing.codec(self.recipe, num_values, len(host.parties.clients), path, self.post)
+        if self.world.rank == 0:
+            reason = chosen.reason or "as this run began"
+            print(f"fedmpi: {session.title}: codec auto is {chosen.chain}: {reason}", flush=True)
+            choosing.write(path, session.settings, chosen)
+        wanted = replace(session.recipe, codec_chosen=chosen.chain)
+        facts = {**session.facts, "codec": {"chosen": chosen.chain, "reason": chosen.reason}}
+        return replace(session, recipe=wanted, facts=facts)
 
     def _beside(self, algorithm: str, title: str, path: Path) -> "tuple[End, Any]":
         """Another algorithm's federation of the same clients, as a run of its own in a folder of its own."""
@@ -235,7 +254,8 @@ class Program:
         from fedmpi.solo import Solo, run_solos
 
         wanted = replace(self.recipe, clients_per_round=None, sampling="all", min_clients=1)
-        wanted = replace(wanted, codec="raw", codec_up=None, codec_down=None)  # nothing is exchanged
+        none = {"codec_up": None, "codec_down": None, "codec_chosen": None, "codec_budget": Recipe.codec_budget}
+        wanted = replace(wanted, codec=RAW, **none)  # type: ignore[arg-type]  # nothing is exchanged
         if not wanted.early_stop:
             wanted = replace(wanted, eval_every=0)  # only the end of a solo run stands in the table
         if name == "global":

@@ -20,7 +20,7 @@ from fedmpi.folder import RunFolder
 from fedmpi.host import Host
 from fedmpi.keeper import Keeper, restored
 from fedmpi.recipe import Recipe
-from fedmpi.round import SERVER, End, cohort_size, fixed_cohort, place
+from fedmpi.round import SERVER, End, cohort_of, place
 from fedmpi.stop import Stop
 from fedmpi.tensors import Tensors, num_bytes, part
 
@@ -58,7 +58,7 @@ class Session:
         folds = self.host.base.folds
         folds.restore({})  # another training may have stood on this base
         num_examples = {client: self.host.num_examples(client) for client in hosted}
-        way = exchange.choose(recipe, self.algorithm, placement, self._cohort_size(clients))
+        way = exchange.choose(recipe, self.algorithm, placement, cohort_of(recipe.sampling, recipe.clients_per_round, clients))
         if way.reason and rank == SERVER and self.post is not None:
             print(f"fedmpi: {self.title}: exchange auto is {way.exchange}: {way.reason}", flush=True)
         fed = Federation(
@@ -141,14 +141,9 @@ class Session:
         folding = self.host.rules.rule in aggregation.FOLDING
         return 4 * num_bytes(adapter) + (self.host.base.folds.most_bytes() if folding else 0)
 
-    def _cohort_size(self, num_clients: int) -> int:
-        sampling = self.recipe.sampling
-        fixed = sampling.startswith("fixed:")
-        return len(fixed_cohort(sampling, num_clients)) if fixed else cohort_size(self.recipe.clients_per_round, num_clients)
-
     def _conductor(self, sizes: Mapping[int, int], first_round: int) -> Conductor:
         recipe, num_clients = self.recipe, len(sizes)
-        size = self._cohort_size(num_clients)
+        size = cohort_of(recipe.sampling, recipe.clients_per_round, num_clients)
         if recipe.min_clients > size:
             raise ConfigError(f"min_clients {recipe.min_clients} of a cohort of {size}: no round could ever count")
         return Conductor(

@@ -23,7 +23,7 @@ from fedmpi.lazy import door
 if TYPE_CHECKING:
     from fedmpi.codecs.coder import Coder as Coder
 
-RAW = "raw"
+RAW, AUTO = "raw", "auto"  # auto: to be chosen before the first round (fedmpi.codecs.choice)
 BLOCKS = {"int8": 256, "int4": 1024, "int2": 256, "nf4": 64}  # values that share a scale, where the chain does not say
 FLOATS = ("fp32", "bf16", "fp16")
 LEVELS = {"zstd": (1, 22), "deflate": (1, 9), "gzip": (1, 9)}

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2] / "fedmpi"
 FLOORS = {
     5: "run session keeper solo plan evaluate generate export report",
     4: "algorithms",
-    3: "accord exchange federation checkpoint commits base emulation folder host progress public_rows recipe result stop target",
+    3: "accord choosing exchange federation "
+    "checkpoint commits base emulation folder host progress public_rows recipe result stop target",
     2: "transports codecs training offsite evaluation",
     1: "messages manifest round world ledger meter aggregation models data",
     0: "tensors seeding config command errors lazy timeleft watch",
