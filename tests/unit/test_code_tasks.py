@@ -96,6 +96,10 @@ def test_scores_are_over_problems_and_samples():
     assert found["pass@2"] == pytest.approx((1 / 2 + 1 + 0) / 3)
 
 
+CHANCE = ("Go/95",)  # its published solution looks at the first keys of a map, whose order Go draws: right in 4 runs of 9
+TRIES = 25
+
+
 def canonical(name: str, problems: slice, tmp_path) -> None:
     """The published solutions, answered by an oracle, through the whole pipeline; then answers that say nothing."""
     folder = shared(FILES[name])
@@ -112,8 +116,16 @@ def canonical(name: str, problems: slice, tmp_path) -> None:
     oracle = Oracle(golds)
     oracle.say = lambda prompts, decoding, keys, limits=(): [golds[key] + "\n```\nThat is it." for key in keys]
     found = Result(tmp_path, "code", {}, asked).make(oracle, 10)
-    failed = [(record["id"], record["stopped_by"], record["message"]) for record in found["records"] if not record["right"]]
-    assert not failed and found["score"] == 1.0 and found["num_problems"] == len(chosen) > 0
+    failed = [record for record in found["records"] if not record["right"] and not in_time(asked, record)]
+    assert not failed and found["num_problems"] == len(chosen) > 0
+    assert found["score"] == 1.0 or {record["task_id"] for record in found["records"] if not record["right"]} <= {*CHANCE}
+
+
+def in_time(asked: code.Programs, record: dict) -> bool:
+    """Whether a program that is right by chance is so in one of many runs."""
+    problem = next(problem for problem in asked.problems if problem["task_id"] == record["task_id"])
+    again = (asked.judge(record["id"], problem, record["output"]) for _ in range(TRIES))
+    return record["task_id"] in CHANCE and any(one["right"] for one in again)
 
 
 @pytest.mark.parametrize("name", FILES)
