@@ -13,6 +13,8 @@ from fedmpi.offsite import Config as OffsiteConfig
 from fedmpi.offsite import Scheme
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fedmpi.recipe import Recipe
 
 _WEEK_S = 604_800  # what is beyond it is a slip, and an infinite wait no deadline
@@ -76,6 +78,14 @@ def codec(recipe: "Recipe") -> None:
     for key, default in (("codec_budget", 0.004), ("codec_chosen", None)):
         if recipe.codec != AUTO and getattr(recipe, key) != default:
             raise ConfigError(f"{key} {getattr(recipe, key)} belongs to codec auto, codec is {recipe.codec}")
+
+
+def with_groups(recipe: "Recipe", groups: "Sequence[str]") -> None:
+    """Chains of their own for tensor groups that the algorithm sends besides the adapter."""
+    for way in ("up", "down"):
+        for group in (group for group, _ in recipe.chain(way).own if group not in groups):
+            there = ", ".join(groups) or "none"
+            raise ConfigError(f"codec: {group} is no tensor group that algorithm {recipe.algorithm} sends {way}; it has {there}")
 
 
 def places(recipe: "Recipe") -> None:

@@ -95,6 +95,14 @@ class Manifest:
         return tuple(found)
 
     @cached_property
+    def spans(self) -> tuple[tuple[str, slice], ...]:
+        """The bytes of each group, where all elements are of one dtype."""
+        ends = [0]
+        for group in self.groups:
+            ends.append(ends[-1] + sum(spec.num_bytes for spec in group.tensors))
+        return tuple((group.name, slice(start, end)) for group, start, end in zip(self.groups, ends, ends[1:], strict=False))
+
+    @cached_property
     def like(self) -> Tensors:
         """Names, shapes and dtypes in the order of the places, on the meta device."""
         return {spec.name: torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], device="meta") for spec, _ in self.places}
@@ -167,12 +175,15 @@ def _checked(manifest: Manifest) -> Manifest:
 
 
 def manifest_of(tensors: Mapping[str, torch.Tensor], group: str = "adapter") -> Manifest:
-    """The manifest of named tensors, in one group, in the order of their names."""
-    specs = [Spec(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in sorted(tensors.items())]
-    for spec in specs:
+    """The manifest of named tensors in the order of their names: those of `control/...` are a group of it, others `group`."""
+    groups: dict[str, list[Spec]] = {group: []}
+    for name, tensor in sorted(tensors.items()):
+        spec = Spec(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         if spec.dtype not in _DTYPES:
             raise ProtocolError(f"{spec.name!r} is {spec.dtype}; expected one of {', '.join(_DTYPES)}")
-    return _checked(Manifest((Group(group, tuple(specs)),)))
+        own, slash, _ = name.partition("/")
+        groups.setdefault(own if slash and own.isidentifier() else group, []).append(spec)
+    return _checked(Manifest(tuple(Group(name, tuple(specs)) for name, specs in groups.items())))
 
 
 class Packed:

@@ -2,7 +2,8 @@
 
 A payload is a sequence of chunks, each of a fixed number of bytes but for the last. Whatever can be sliced can be sent: chunk by
 chunk, `payload[place]` gives the bytes of that place. It is asked once for each peer, when that comes to the place, and gives all
-of them the same: a slice of memory, or what is put together on the way.
+of them the same: a slice of memory, or what is put together on the way. In a stream the chunks stand for so many bytes, and have
+lengths of their own.
 
 Nothing that came from outside is believed before it was checked: every malformed input is a ProtocolError that says what was
 expected and what was found, raised before memory is set aside for it. This module must never know who is at the other end, over
@@ -23,6 +24,7 @@ MAGIC = b"FMPI"
 VERSION = 2
 HEADER_BYTES = 64
 FRAME_BYTES = 16
+STREAM = 1  # a flag: each chunk has a length of its own, which its frame says; `length` and `chunk_bytes` say what they stand for
 CHUNK_BYTES = 4 << 20
 MAX_CHUNK_BYTES = 1 << 28  # what Open MPI surely carries in one message, and far above what helps
 MAX_PAYLOAD_BYTES = 1 << 46
@@ -57,6 +59,7 @@ class Kind(IntEnum):
     SUM = 20  # what a rank has added up
     TOGETHER = 21  # a collective follows, which all ranks take part in
     STUCK = 22  # a turn makes no step and cannot be interrupted; its rank's answers may come some day
+    SEAL = 23  # what a client says when its coded update has left
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,14 @@ def chunks(num_bytes: int, chunk_bytes: int) -> Iterator[slice]:
 def frame(chunk: memoryview, index: int) -> bytes:
     """The 16 bytes that go before a chunk."""
     return _FRAME.pack(len(chunk), index, xxhash.xxh3_64_intdigest(chunk))
+
+
+def frame_length(data: bytes | bytearray | memoryview, stands_for: int) -> int:
+    """How long the chunk behind this frame is, in a stream: not much more than the bytes that it stands for."""
+    length, _, _ = _FRAME.unpack(data)
+    if length > (most := stands_for + stands_for // 4 + 1024):
+        raise ProtocolError(f"a chunk that stands for {stands_for} bytes takes at most {most}, its frame says {length}")
+    return int(length)
 
 
 def check_frame(data: bytes | bytearray | memoryview, chunk: memoryview, index: int) -> None:

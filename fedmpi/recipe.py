@@ -73,7 +73,8 @@ class Recipe:
             auto continues under the launchers that leave the other ranks alone
         server_optimizer: none, or what steps along the clients' move: avgm (FedAvgM), adam, yogi or adagrad (FedAdam and so on)
         codec: what tensors are coded by on their way: raw, or stages such as delta,int8,ef,zstd (see fedmpi.codecs), or auto = what
-            is best for links and ranks as they are measured before the first round
+            is best for links and ranks as they are measured before the first round. A tensor group may have its own chain, as in
+            `int4,ef; control=int8`
         codec_budget: of auto: the most that a value may lose in a message, as a share of the largest magnitude in its block
         codec_chosen: what auto has chosen; the run writes it into its config.yaml, and keeps to it
         codec_up: of updates, where it differs
@@ -142,12 +143,12 @@ class Recipe:
         """Whether a client may have several ranks."""
         return bool(self.groups) or self.ranks_per_client > 1
 
-    def chain(self, way: str) -> codecs.Chain:
+    def chain(self, way: str) -> codecs.Chains:
         """How tensors are coded on their way up or down."""
         key = f"codec_{way}" if getattr(self, f"codec_{way}") is not None else "codec"
         if key == "codec" and self.codec == codecs.AUTO:
-            return codecs.parse(self.codec_chosen or codecs.RAW, "codec_chosen")
-        return codecs.parse(getattr(self, key), key)
+            return codecs.chains(self.codec_chosen or codecs.RAW, "codec_chosen")
+        return codecs.chains(getattr(self, key), key)
 
     def beside(self, name: str) -> "Recipe":
         """One of `compare` as a recipe of its own. Only its end stands in a table."""
@@ -190,6 +191,7 @@ def read(arguments: Sequence[str], program: str, about: str) -> tuple[Recipe, An
     accord.offsite_is_read(wanted, any(scheme_of(one.algorithm) for one in algorithms))
     for one in algorithms:
         accord.with_offsite(one, scheme_of(one.algorithm))
+        accord.with_groups(one, getattr(algorithm(one.algorithm), "GROUPS", ()))
         exchange.fits(one, algorithm(one.algorithm))
         if require := getattr(algorithm(one.algorithm), "require", None):
             require(one)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SINGLE = True  # the server weighs control variates otherwise than adapters
 CONTROL, KEPT = "control/", "optimiser/"
+GROUPS = ("control",)  # tensor groups besides the adapter, which may have a codec of their own
 
 
 @dataclass(frozen=True)

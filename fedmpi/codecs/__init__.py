@@ -9,7 +9,8 @@ A chain says what is done to the values of one tensor group, stage after stage, 
     a packer  zstd, deflate or gzip: `zstd`, `zstd:9`
     ef        error feedback: what a lossy stage lost is added to what is sent next
 
-`raw` is none of these. This module must never know links, rounds, or what the values are for.
+`raw` is none of these. A tensor group may have a chain of its own, as SCAFFOLD's control variates do in `int4,ef; control=int8`:
+what no group is named for goes to all others. This module must never know links, rounds, or what the values are for.
 """
 
 import difflib
@@ -68,6 +69,49 @@ class Chain:
     def lossy(self) -> bool:
         """Whether what is decoded may differ from what was encoded."""
         return self.share is not None or self.number.name != "fp32"
+
+
+@dataclass(frozen=True)
+class Chains:
+    """What is done to the groups of a message: to those that have a chain of their own, and to all others."""
+
+    others: Chain = Chain()
+    own: tuple[tuple[str, Chain], ...] = ()
+
+    def of(self, group: str) -> Chain:
+        """The chain of a group."""
+        return dict(self.own).get(group, self.others)
+
+    @property
+    def raw(self) -> bool:
+        """Whether the bytes are those of the values."""
+        return all(chain.raw for chain in self._all)
+
+    @property
+    def delta(self) -> bool:
+        """Whether a state that both sides hold is needed."""
+        return any(chain.delta for chain in self._all)
+
+    @property
+    def feedback(self) -> bool:
+        """Whether what was lost is kept by the sender."""
+        return any(chain.feedback for chain in self._all)
+
+    @property
+    def _all(self) -> tuple[Chain, ...]:
+        return self.others, *(chain for _, chain in self.own)
+
+
+def chains(text: str, key: str = "codec") -> Chains:
+    """The chains that `text` describes: one for all, and behind it `group=chain` for those that have their own, apart by `;`."""
+    first, *rest = (part.strip() for part in text.split(";"))
+    own: dict[str, Chain] = {}
+    for part in rest:
+        group, found, chain = (word.strip() for word in part.partition("="))
+        if not found or not group.isidentifier() or group in own:
+            raise ConfigError(f"{key} {text!r}: {part!r}; after a ; give a tensor group once and its chain, as in control=int8")
+        own[group] = parse(chain, key)
+    return Chains(parse(first, key), tuple(own.items()))
 
 
 def parse(text: str, key: str = "codec") -> Chain:

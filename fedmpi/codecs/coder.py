@@ -33,6 +33,10 @@ class Coder:
             return numbers.num_bytes(number, num)
         return numbers.num_bytes(number, sparse.num_kept(share, num)) + sparse.most_bytes(share, num)
 
+    def require(self, values: torch.Tensor) -> None:
+        """Raise a NonFinite where a value could not be told from an infinity: better before a chunk is on its way."""
+        numbers.require(self.chain.number, values)
+
     def encode(self, values: torch.Tensor, seed: int = 0) -> memoryview:
         """The bytes of flat float32 values; NonFinite where one of them is not finite and the chain would hide that."""
         chain, num, places = self.chain, values.numel(), b""

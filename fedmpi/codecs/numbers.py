@@ -46,6 +46,13 @@ def write(number: Number, values: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.cat([_scales(number, most).view(-1).view(torch.uint8), packed])
 
 
+def require(number: Number, values: torch.Tensor) -> None:
+    """Raise a NonFinite where `write` may."""
+    low, high = torch.aminmax(values) if values.numel() else (torch.zeros(()), torch.zeros(()))
+    if not bool(torch.stack([low, high]).to(_HALVES.get(number.name, torch.float32)).isfinite().all()):
+        raise NonFinite(f"a value to be sent is not finite in {number.name}")
+
+
 def read(number: Number, data: torch.Tensor, num: int) -> torch.Tensor:
     """The float32 values in exactly `num_bytes` bytes. Any bytes are values; what they mean is checked where they are used."""
     if number.name not in BITS:

@@ -14,24 +14,28 @@ This module must never know what is done with updates.
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 
 from fedmpi.aggregation.check import Check, Look, whole
 from fedmpi.aggregation.mean import Piece, Void
-from fedmpi.codecs import Chain
+from fedmpi.codecs import Chains
 from fedmpi.errors import ProtocolError, TrainingError
+from fedmpi.federation.coding import Decoding, Known
 from fedmpi.federation.conductor import Conductor
+from fedmpi.federation.post import decoded
 from fedmpi.federation.roll import Roll
 from fedmpi.federation.updates import Failure, Outcome, Update
 from fedmpi.ledger import Ledger
-from fedmpi.manifest import Packed, manifest_of, unpack
+from fedmpi.manifest import unpack
 from fedmpi.messages import Kind
 from fedmpi.round import Round
 from fedmpi.tensors import Tensors, room
 from fedmpi.transports.inbox import Message
 
+T = TypeVar("T")
 MOST_WHOLE = 2  # updates that are put together at a time; the others wait on their links
 
 
@@ -95,6 +99,8 @@ class Begun:
     update: Update  # without tensors
     look: Look | None = None
     refused: Failure | None = None
+    decoding: Decoding | None = None  # of what is coded
+    num_bytes: int = 0  # on the link so far
 
 
 @dataclass
@@ -103,7 +109,7 @@ class Arrivals:
 
     roll: Roll
     tally: Tally
-    up: Chain = field(default_factory=Chain)
+    up: Chains = field(default_factory=Chains)
     sent: Tensors = field(default_factory=dict)  # the round's broadcast
     _missing: set[int] = field(default_factory=set)
     _begun: dict[int, Begun] = field(default_factory=dict)  # by client
@@ -124,19 +130,25 @@ class Arrivals:
                     yield Void(message.client)
                 self.tally.fail(message)
                 continue
-            begun, ends = self._part_of(message), message.last
-            yield from self._pieces(begun, message)
+            begun = self._part_of(message)
+            if message.header.kind is not Kind.SEAL:
+                yield from self._pieces(begun, message)
+            ends = self._ends(message)
             message.release()  # the consumer has asked for the next one: it is done with this
             if ends:
-                self._end(begun, message)
+                self._end(begun)
         self.tally.close()
+
+    def _ends(self, message: Message) -> bool:
+        """Whether an update is there with this: a coded one when it has been sealed."""
+        return message.header.kind is Kind.SEAL or (message.header.kind is Kind.UPDATE and message.last)
 
     def _pieces(self, begun: Begun, message: Message) -> Iterator[Piece | Void]:
         """What of the message's elements is right. The first wrong one makes the update void; what follows is passed over."""
         update, check = begun.update, self.tally.check
         if begun.refused is not None:
             return
-        like, found = self._elements(message)
+        like, found = self._elements(begun, message)
         try:
             if check is not None and begun.look is None:
                 begun.look = check(update.client, like)
@@ -147,61 +159,82 @@ class Arrivals:
             begun.refused = failure(update.client, error)
             yield Void(update.client)
 
-    def _elements(self, message: Message) -> tuple[Tensors, Iterator[tuple[int, torch.Tensor]]]:
+    def _elements(self, begun: Begun, message: Message) -> tuple[Tensors, Iterator[tuple[int, torch.Tensor]]]:
         """The names, shapes and dtypes of the whole update; and what came of it, flat, with how many elements come before."""
-        if message.header.kind is Kind.CODED:
-            tensors = self._decoded(message)
-            manifest = manifest_of(tensors)
-            return manifest.like, manifest.cut(Packed(tensors, manifest).buffer(0, manifest.num_bytes), 0)
-        return self.post.manifest(message).like, self.post.pieces(message)
+        like = self.post.manifest(message).like
+        if begun.decoding is not None:
+            return like, iter([(message.first // 4, decoded(begun.decoding, message))])
+        return like, self.post.pieces(message)
 
-    def _end(self, begun: Begun, message: Message) -> None:
+    def _end(self, begun: Begun) -> None:
         """An update has come to its end: it counts, unless it was refused. What came is in the ledger either way."""
         self._missing.discard(begun.update.client)
-        self.tally.ledger.up[begun.update.client] += message.header.length
+        self.tally.ledger.up[begun.update.client] += begun.num_bytes
         if begun.refused is None:
             self.tally.outcome.note(begun.update)
         else:
             self.tally.fail(begun.refused)
 
-    def _decoded(self, message: Message) -> Tensors:
-        """What an update under the chain says, given that the client has had the round's broadcast."""
-        return self.post.decode(message, self.up, self.sent)
-
     def _part_of(self, message: Message) -> Begun:
         """What is known of the update that the message is a part of."""
-        client = message.header.client
+        client, kind = message.header.client, message.header.kind
+        if kind is Kind.SEAL:
+            begun = self._begun[client]
+            begun.update = replace(begun.update, owned_sha256=self._said(message, self.post.json(message), "owned", str))
+            return begun
         if not message.first:
             note = self.post.note(message)
-            if not isinstance(note.get("metrics"), dict) or not isinstance(note.get("owned"), str):
-                raise ProtocolError(f"rank {message.peer} sent an UPDATE with a note of {sorted(note)}, expected metrics and owned")
-            update = Update(client, {}, note["metrics"], owned_sha256=note["owned"])
-            self._begun[client] = Begun(self.tally.weighed(update))
+            metrics, coded = self._said(message, note, "metrics", dict), kind is Kind.CODED
+            owned = "" if coded else self._said(message, note, "owned", str)
+            self._begun[client] = Begun(self.tally.weighed(Update(client, {}, metrics, owned_sha256=owned)))
+            self._begun[client].decoding = self.post.decoding(message, self.up, self._known) if coded else None
+        self._begun[client].num_bytes += 0 if message.payload is None else message.payload.numel()
         return self._begun[client]
+
+    def _said(self, message: Message, note: dict[str, Any], key: str, kind: type[T]) -> T:
+        """One thing that a client says of its update."""
+        if not isinstance(note.get(key), kind):
+            sent = f"{message.header.kind.name} with a note of {sorted(note)}"
+            raise ProtocolError(f"rank {message.peer} sent {sent}, expected {key} as a {kind.__name__}")
+        return note[key]  # type: ignore[no-any-return]
+
+    @cached_property
+    def _known(self) -> Known:
+        """What updates are differences from."""
+        return Known(self.sent if self.up.delta else {})
 
     def _whole(self) -> Iterator[Update | Failure]:
         """Whole updates. Those whose first chunks came before it was known that they are wanted whole are put together here."""
         filling: dict[int, torch.Tensor] = {}  # by rank
         for message in self._answers(filling):
             if isinstance(message, Failure):
+                if message.client in self._begun:
+                    filling.pop(self.placement.leader_of[message.client], None)
                 yield message
                 continue
-            update, ends = self._part_of(message).update, message.last
-            if message.header.kind is Kind.CODED:
-                self._missing.discard(update.client)
-                yield replace(update, tensors=self._decoded(message), coded_bytes=message.header.length)
-                message.release()
-                continue
-            if message.payload is not None and not (ends and not message.first):
-                if message.peer not in filling:
-                    filling[message.peer] = room(message.header.length, torch.uint8)
-                filling[message.peer][message.first :][: message.payload.numel()].copy_(message.payload)
+            begun, peer, ends = self._part_of(message), message.peer, self._ends(message)
+            if message.payload is not None and not (ends and not message.first) and message.header.kind is not Kind.SEAL:
+                if peer not in filling:
+                    filling[peer] = room(message.header.length, torch.uint8)
+                self._fill(filling[peer][message.first : message.stop], begun, message)
             if ends:
-                self._missing.discard(update.client)
-                body = filling.pop(message.peer, None)
-                tensors = self.post.tensors(message) if body is None else unpack(body, self.post.manifest(message))
-                yield replace(update, tensors=tensors)
+                self._missing.discard(begun.update.client)
+                tensors = self._tensors(filling.pop(peer, None), begun, message)
+                yield replace(begun.update, tensors=tensors, coded_bytes=begun.num_bytes if begun.decoding else None)
             message.release()
+
+    def _tensors(self, body: torch.Tensor | None, begun: Begun, message: Message) -> Tensors:
+        """The tensors of an update that is there, from what was put together of it, if it came in parts."""
+        if begun.decoding is not None:
+            return unpack(torch.empty(0, dtype=torch.uint8) if body is None else body, begun.decoding.manifest)
+        return self.post.tensors(message) if body is None else unpack(body, self.post.manifest(message))
+
+    def _fill(self, into: torch.Tensor, begun: Begun, message: Message) -> None:
+        """Put a part of an update where it belongs."""
+        if begun.decoding is not None:
+            into.view(torch.float32).copy_(decoded(begun.decoding, message))
+        elif message.payload is not None:
+            into.copy_(message.payload)
 
     def _answers(self, filling: dict[int, Any]) -> Iterator[Message | Failure]:
         """Failures, and updates or parts of them, until no client is missing. When enough are being filled, only of these."""
@@ -244,8 +277,10 @@ class Arrivals:
     def _belongs(self, message: Message) -> None:
         """Identity comes from the link: a rank speaks for the clients that were placed on it, in this round, once."""
         header, index, missing = message.header, self.tally.rnd.index, self._missing
-        update = Kind.UPDATE if self.up.raw else Kind.CODED
-        if header.kind not in (update, Kind.FAILURE) or header.round != index:
+        kinds = (Kind.FAILURE, Kind.UPDATE) if self.up.raw else (Kind.FAILURE, Kind.CODED, Kind.SEAL)
+        begun = header.client in self._begun
+        astray = not begun if header.kind is Kind.SEAL else begun and header.kind is Kind.CODED and not message.first
+        if header.kind not in kinds or header.round != index or astray:
             raise ProtocolError(
                 f"rank {message.peer} sent {header.kind.name} of round {header.round}, expected updates of round {index}"
             )

@@ -1,8 +1,9 @@
-"""Coding: tensors under a codec chain, a message at a time, and what a chain has to remember from one message to the next.
+"""Coding: tensors under codec chains, chunk by chunk, and what a chain has to remember from one message to the next.
 
-A message is cut into chunks of `CHUNK` values, each coded apart; its bytes are those of the chunks, each behind its length. The
-size of a chunk is part of what the bytes mean, so it is the same in every placement. What is decoded is the truth for both sides:
-the sender gets it back and goes on from it.
+A message is cut into chunks of `CHUNK` values; of each, the part of every tensor group is coded apart under that group's chain. A
+chunk is encoded when its turn comes to be sent and decoded when it has come, so that all of it goes on at once and nobody holds a
+whole coded message. The size of a chunk is part of what the bytes mean, so it is the same in every placement. What is decoded is
+the truth for both sides: a sender that must know it gets it on the way.
 
 `delta` is taken up against the round's broadcast, which both sides hold, and down against the broadcast before, of which the
 server knows who holds it: whoever does not gets the values as they are. What `ef` feeds back belongs to the sender: the server's
@@ -12,143 +13,243 @@ This module must never know links, or what the tensors are.
 """
 
 import struct
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import xxhash
 
-from fedmpi.codecs import Chain
+from fedmpi.codecs import Chain, Chains
 from fedmpi.codecs.coder import Coder
 from fedmpi.errors import ProtocolError, TrainingError
 from fedmpi.manifest import Manifest, Packed, manifest_of, unpack
+from fedmpi.messages import chunks
 from fedmpi.round import Round, Verdict
 from fedmpi.seeding import seed_for
-from fedmpi.tensors import Tensors
+from fedmpi.tensors import Tensors, part, room
 
 CHUNK = 1 << 18
+CHUNK_BYTES = 4 * CHUNK
+NUM_KEPT = 32  # coded chunks that wait for slower receivers; one that is slower still has them coded again, to the same bytes
 OWNED = "codec/"  # before the names of a client's residuals, in the state that it owns
 _LENGTH = struct.Struct("<I")
 
 
 @dataclass(frozen=True)
-class Coded:
-    """A message: its bytes, what they are decoded to, what was lost by that, and the state that they follow."""
+class Known:
+    """A state that both sides hold, for chains that say delta."""
 
+    tensors: Tensors = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """64 bits that differ when names, shapes or any value do."""
+        manifest = manifest_of(self.tensors)
+        return xxhash.xxh3_64_intdigest(Packed(self.tensors, manifest)[:], seed=manifest.hash)
+
+    def over(self, manifest: Manifest) -> Packed:
+        """The values that are known of a manifest's tensors; zero where none are, or of another shape."""
+        found = {}
+        for spec, _ in manifest.places:
+            there = self.tensors.get(spec.name)
+            found[spec.name] = there if there is not None and tuple(there.shape) == spec.shape else torch.zeros(spec.shape)
+        return Packed(found, manifest)
+
+
+@dataclass(frozen=True)
+class Code:
+    """How the values of one manifest's tensors are coded: which chain has which of them."""
+
+    chains: Chains
     manifest: Manifest
-    body: bytearray
-    tensors: Tensors
-    lost: Tensors = field(default_factory=dict)
-    against: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no chain can take, and chains that nothing here is for."""
+        odd = next((spec for spec, _ in self.manifest.places if spec.dtype != "float32"), None)
+        if odd is not None:
+            raise TrainingError(f"a codec takes float32 values, {odd.name} is {odd.dtype}: give codec raw")
+
+    def runs(self, place: slice) -> Iterator[tuple[Chain, slice]]:
+        """The parts of a chunk, given by bytes, that belong to one group each, as slices of its values."""
+        for name, span in self.manifest.spans:
+            low, high = max(place.start, span.start), min(place.stop, span.stop)
+            if low < high:
+                yield self.chains.of(name), slice((low - place.start) // 4, (high - place.start) // 4)
+
+    def most_bytes(self, place: slice) -> int:
+        """The most that a chunk can take."""
+        runs = list(self.runs(place))
+        return sum(Coder(chain).most_bytes(run.stop - run.start) for chain, run in runs) + _LENGTH.size * (len(runs) - 1)
+
+    def encode(self, place: slice, values: torch.Tensor, seed: int) -> memoryview:
+        """The bytes of a chunk's values; where it has parts of several groups, each but the last comes behind its length."""
+        coded = [Coder(chain).encode(values[run], seed_for(seed, place.start // CHUNK_BYTES)) for chain, run in self.runs(place)]
+        if len(coded) == 1:
+            return coded[0]
+        return memoryview(b"".join(b"".join((_LENGTH.pack(len(data)), data)) for data in coded[:-1]) + bytes(coded[-1]))
+
+    def decode(self, place: slice, data: memoryview) -> torch.Tensor:
+        """The values of a chunk; a ProtocolError where these are not the bytes of one."""
+        runs = list(self.runs(place))
+        found = []
+        for chain, run in runs[:-1]:
+            (length,) = _LENGTH.unpack(data[: _LENGTH.size]) if len(data) >= _LENGTH.size else (1 << 32,)
+            if length > len(data) - _LENGTH.size:
+                raise ProtocolError(f"a part of a coded chunk claims {length} bytes, {len(data)} are left")
+            found.append(Coder(chain).decode(data[_LENGTH.size : _LENGTH.size + length], run.stop - run.start))
+            data = data[_LENGTH.size + length :]
+        chain, run = runs[-1]
+        found.append(Coder(chain).decode(data, run.stop - run.start))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def encode(chain: Chain, tensors: Tensors, seed: int, before: Tensors, lost: Tensors) -> Coded:
-    """The message of these tensors: against `before` where the chain says delta, with what was `lost` where it says ef."""
-    manifest, coder = manifest_of(tensors), Coder(chain)
-    _only_float32(manifest, chain)
-    values = _flat(tensors, manifest).clone()
-    origin = _of(before, manifest) if chain.delta else None
+class Encoding:
+    """One message, as a payload: a chunk is encoded when somebody first comes to it. Several threads may send it at once."""
+
+    def __init__(
+        self, chains: Chains, tensors: Tensors, seed: int, before: Known, lost: Tensors | None = None, told: bool = False
+    ) -> None:
+        """Against `before` where a chain says delta, with what was `lost` where it says ef; `told` keeps what will be decoded."""
+        self.manifest = manifest_of(tensors)
+        self.code = Code(chains, self.manifest)
+        self.against = before.fingerprint if chains.delta else 0
+        self.num_bytes = 0  # of what has been encoded
+        self._seed, self._values = seed, Packed(tensors, self.manifest)
+        self._origin = before.over(self.manifest) if chains.delta else None
+        self._lost = Known(lost or {}).over(self.manifest) if chains.feedback else None
+        self._residual = room(self.manifest.num_bytes // 4, torch.float32) if chains.feedback else None
+        self._decoded = room(self.manifest.num_bytes // 4, torch.float32) if told else None
+        self._places = list(chunks(self.manifest.num_bytes, CHUNK_BYTES))
+        self._num_made, self._kept = 0, dict[int, memoryview]()
+        self._lock = threading.Lock()
+        for place in self._places:  # before the first byte has left
+            meant = self._meant(place)
+            for chain, run in self.code.runs(place):
+                Coder(chain).require(meant[run])
+
+    def __len__(self) -> int:
+        return self.manifest.num_bytes
+
+    def __getitem__(self, place: slice) -> memoryview:
+        number = place.start // CHUNK_BYTES
+        with self._lock:
+            return self._kept[number] if number in self._kept else self._make(number)
+
+    def finished(self) -> "Encoding":
+        """This, once every chunk has been encoded, whoever has asked for it."""
+        while self._num_made < len(self._places):
+            with self._lock:
+                self._make(self._num_made)
+        self._kept.clear()
+        return self
+
+    @property
+    def tensors(self) -> Tensors:
+        """What the message is decoded to, once it is finished; nothing where nobody asked to be told."""
+        return {} if self._decoded is None else unpack(self._decoded.view(torch.uint8), self.manifest)
+
+    @property
+    def lost(self) -> Tensors:
+        """What it does not say, where that is fed back."""
+        if self._residual is None:
+            return {}
+        residual = unpack(self._residual.view(torch.uint8), self.manifest)
+        fed_back = [group for group in self.manifest.groups if self.code.chains.of(group.name).feedback]
+        return {spec.name: residual[spec.name] for group in fed_back for spec in group.tensors}
+
+    def _make(self, number: int) -> memoryview:
+        place = self._places[number]
+        meant = self._meant(place)
+        data = self.code.encode(place, meant, self._seed)
+        if number == self._num_made:
+            self._num_made, self.num_bytes = number + 1, self.num_bytes + len(data)
+            self._note(place, meant, data)
+        self._kept[number] = data
+        if len(self._kept) > NUM_KEPT:
+            del self._kept[min(self._kept)]
+        return data
+
+    def _note(self, place: slice, meant: torch.Tensor, data: memoryview) -> None:
+        """What this chunk will be decoded to, and what that lacks."""
+        if self._residual is None and self._decoded is None:
+            return
+        values, there = self.code.decode(place, data), slice(place.start // 4, place.stop // 4)
+        if self._residual is not None:
+            torch.sub(meant, values, out=self._residual[there])
+        if self._decoded is not None:
+            self._decoded[there] = _undone(self.code, place, values, self._origin)
+
+    def _meant(self, place: slice) -> torch.Tensor:
+        """The values of a chunk as its chains take them up: differences, with what was lost before."""
+        values = _chunk(self._values, place)
+        if self._origin is None and self._lost is None:
+            return values
+        meant = values.clone()
+        for chain, run in self.code.runs(place):
+            if chain.delta and self._origin is not None:
+                meant[run] -= _chunk(self._origin, place)[run]
+            if chain.feedback and self._lost is not None:
+                meant[run] += _chunk(self._lost, place)[run]
+        return meant
+
+
+class Decoding:
+    """What the chunks of one message say, given the state that it follows."""
+
+    def __init__(self, chains: Chains, manifest: Manifest, before: Known, against: int) -> None:
+        if chains.delta and against != before.fingerprint:
+            raise ProtocolError(
+                f"a difference from the state {against:016x} cannot be used: {before.fingerprint:016x} is held here"
+            )
+        self.manifest = manifest
+        self._code = Code(chains, manifest)
+        self._origin = before.over(manifest) if chains.delta else None
+
+    def values(self, place: slice, data: memoryview) -> torch.Tensor:
+        """The flat values of the chunk at this place."""
+        return _undone(self._code, place, self._code.decode(place, data), self._origin)
+
+
+def _undone(code: Code, place: slice, values: torch.Tensor, origin: Packed | None) -> torch.Tensor:
     if origin is not None:
-        values -= origin
-    if chain.feedback:
-        values += _of(lost, manifest)
-    body, decoded = bytearray(), torch.empty_like(values)
-    for number, (part, into) in enumerate(zip(torch.split(values, CHUNK), torch.split(decoded, CHUNK), strict=True)):
-        data = coder.encode(part, seed_for(seed, number))
-        body += _LENGTH.pack(len(data)) + data
-        into.copy_(coder.decode(data, len(part)))
-    residual = unpack((values - decoded).view(torch.uint8), manifest) if chain.feedback else {}
-    if origin is not None:
-        decoded += origin
-    against = fingerprint(before) if chain.delta else 0
-    return Coded(manifest, body, unpack(decoded.view(torch.uint8), manifest), residual, against)
+        for chain, run in code.runs(place):
+            if chain.delta:
+                values[run] += _chunk(origin, place)[run]
+    return values
 
 
-def decode(chain: Chain, body: memoryview, manifest: Manifest, before: Tensors, against: int) -> Tensors:
-    """What a message says; a ProtocolError where it is not a message of this chain, or follows another state than `before`."""
-    coder = Coder(chain)
-    _only_float32(manifest, chain)
-    if chain.delta and against != (held := fingerprint(before)):
-        raise ProtocolError(f"a difference from the state {against:016x} cannot be used: {held:016x} is held here")
-    values = torch.empty(manifest.num_bytes // 4)
-    for part, data in zip(torch.split(values, CHUNK), _chunks(body, -(-len(values) // CHUNK)), strict=True):
-        part.copy_(coder.decode(data, len(part)))
-    if chain.delta:
-        values += _of(before, manifest)
-    return unpack(values.view(torch.uint8), manifest)
-
-
-def most_bytes(chain: Chain, manifest: Manifest) -> int:
-    """The longest message of these tensors."""
-    whole, rest = divmod(manifest.num_bytes // 4, CHUNK)
-    coder = Coder(chain)
-    return whole * (coder.most_bytes(CHUNK) + _LENGTH.size) + coder.most_bytes(rest) + _LENGTH.size
-
-
-def fingerprint(tensors: Tensors) -> int:
-    """64 bits that differ when names, shapes or any value do."""
-    manifest = manifest_of(tensors)
-    return xxhash.xxh3_64_intdigest(Packed(tensors, manifest)[:], seed=manifest.hash)
-
-
-def _chunks(body: memoryview, num: int) -> Iterator[memoryview]:
-    start = 0
-    for number in range(num):
-        if len(body) - start < _LENGTH.size:
-            raise ProtocolError(f"a coded message ends before chunk {number} of {num}")
-        (length,) = _LENGTH.unpack(body[start : start + _LENGTH.size])
-        start += _LENGTH.size + length
-        if start > len(body):
-            raise ProtocolError(f"chunk {number} of {num} claims {length} bytes, {len(body) - start + length} are left")
-        yield body[start - length : start]
-    if start != len(body):
-        raise ProtocolError(f"{len(body) - start} bytes follow the last chunk of a coded message")
-
-
-def _flat(tensors: Tensors, manifest: Manifest) -> torch.Tensor:
-    return Packed(tensors, manifest).buffer(0, manifest.num_bytes).view(torch.float32)
-
-
-def _of(known: Tensors, manifest: Manifest) -> torch.Tensor:
-    """The values that are known of a manifest's tensors; zero where none are, or of another shape."""
-    found = {}
-    for spec, _ in manifest.places:
-        there = known.get(spec.name)
-        found[spec.name] = there if there is not None and tuple(there.shape) == spec.shape else torch.zeros(spec.shape)
-    return _flat(found, manifest)
-
-
-def _only_float32(manifest: Manifest, chain: Chain) -> None:
-    odd = next((spec for spec, _ in manifest.places if spec.dtype != "float32"), None)
-    if odd is not None:
-        raise TrainingError(f"a codec takes float32 values, {odd.name} is {odd.dtype}: give codec raw")
+def _chunk(packed: Packed, place: slice) -> torch.Tensor:
+    return packed.buffer(place.start, place.stop).view(torch.float32)
 
 
 @dataclass
 class Downlink:
     """The server's side of broadcasts: codes each once, and knows what it goes on from and who can read it."""
 
-    chain: Chain
-    before: Tensors = field(default_factory=dict)  # the last broadcast that counted, where the chain says delta
+    chains: Chains
+    before: Known = field(default_factory=Known)  # the last broadcast that counted, where a chain says delta
     lost: Tensors = field(default_factory=dict)
-    _made: Coded | None = None
+    _made: Encoding | None = None
     _round: int = -1
     _holds: dict[int, int] = field(default_factory=dict)  # by holder: which broadcast it had last
 
-    def encode(self, tensors: Tensors, rnd: Round) -> Coded:
-        """The round's broadcast."""
-        self._made = encode(self.chain, tensors, seed_for(rnd.seed, "broadcast"), self.before, self.lost)
+    def encode(self, tensors: Tensors, rnd: Round) -> Encoding:
+        """The round's broadcast, ready to be sent."""
+        self._made = Encoding(self.chains, tensors, seed_for(rnd.seed, "broadcast"), self.before, self.lost, told=True)
         self._round = rnd.index
         return self._made
 
     def readers(self, holders: Collection[int]) -> set[int]:
-        """Those of the holders that can read the message; from now on all of them hold what it says."""
+        """Those of the holders that can read the message."""
         assert self._made is not None
-        if not self.chain.delta:
-            return set(holders)
-        able = {holder for holder in holders if self._holds.get(holder) == self._made.against}
-        self._holds.update(dict.fromkeys(holders, fingerprint(self._made.tensors)))
-        return able
+        return {holder for holder in holders if not self.chains.delta or self._holds.get(holder) == self._made.against}
+
+    def told(self, holders: Collection[int]) -> None:
+        """From now on these hold what the message says."""
+        if self.chains.delta and self._made is not None:
+            self._holds.update(dict.fromkeys(holders, Known(self._made.tensors).fingerprint))
 
     def settle(self, rnd: Round) -> None:
         """A round that counted is gone on from; one that did not is as if it had not been."""
@@ -160,12 +261,11 @@ class Downlink:
         """What a run needs to go on after this round."""
         now = self._made is not None and round_index == self._round
         before, lost = self._after(self._made) if now and self._made is not None else (self.before, self.lost)
-        return {f"before/{name}": t for name, t in before.items()} | {f"lost/{name}": t for name, t in lost.items()}
+        return {f"before/{name}": t for name, t in before.tensors.items()} | {f"lost/{name}": t for name, t in lost.items()}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take up what `saved` gave."""
-        for part, into in (("before/", self.before), ("lost/", self.lost)):
-            into.update({name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)})
+        self.before, self.lost = Known(part(tensors, "before/")), part(tensors, "lost/")
 
-    def _after(self, made: Coded) -> tuple[Tensors, Tensors]:
-        return (made.tensors if self.chain.delta else {}), made.lost
+    def _after(self, made: Encoding) -> tuple[Known, Tensors]:
+        return Known(made.tensors if self.chains.delta else {}), made.lost

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from fedmpi.aggregation import Check
-from fedmpi.codecs import Chain
+from fedmpi.codecs import Chains
 from fedmpi.errors import ProtocolError
 from fedmpi.federation import scores
 from fedmpi.federation.arrivals import Arrivals, Tally
-from fedmpi.federation.coding import Downlink
+from fedmpi.federation.coding import Downlink, Known
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.ground import Ground, Levelling
 from fedmpi.federation.joint import Added, Joint
@@ -43,8 +43,8 @@ class Federation:
     device: str = "cpu"  # where clients that live here compute
     near: str | None = None  # host:port of something that every rank can reach, where there is one
     ground: Ground | None = None  # what each process holds once and the server may change
-    up: Chain = field(default_factory=Chain)  # what updates are coded by
-    down: Chain = field(default_factory=Chain)  # and broadcasts
+    up: Chains = field(default_factory=Chains)  # what updates are coded by
+    down: Chains = field(default_factory=Chains)  # and broadcasts
     terms: Terms | None = None  # where ranks add up what their own clients made
     collective: bool = False  # and the sums of all ranks, like broadcasts, go by collectives
     answer: scores.Answer | None = None  # how clients that live here score what the server asks about, on rows of their own
@@ -102,7 +102,7 @@ class Federation:
         received = None
         if message.header.kind is Kind.CODED:
             post.expected(message, Kind.CODED, rnd.index)
-            received = post.decode(message, self.down, self._held)
+            received = post.decode(message, self.down, Known(self._held), f"receiving the broadcast of round {rnd.index}")
         else:
             post.expected(message, Kind.BROADCAST, rnd.index)
             received = post.keep(message) if self._meeting.leads else None
@@ -131,13 +131,15 @@ class Federation:
         if self.conductor is not None:
             tally = Tally(rnd, self.conductor, self.outcome, self.ledger, check)
             if self.post is None:
-                return tally.judged(outcomes)
+                return tally.judged(map(self._turns.settled, outcomes))
             assert self.roll is not None
             return Arrivals(self.roll, tally, self.up, self._sent)
         assert self.post is not None
         for outcome in outcomes:  # now, not lazily: a client rank never reads what it gathered
             if self._meeting.leads:
-                hand_in(self.post, rnd, outcome)
+                hand_in(self.post, rnd, outcome, self._turns.sealed)
+            else:
+                self._turns.settled(outcome)
         return ()
 
     def _reduced(self, rnd: Round, outcomes: Iterable[Update | Failure], terms: Terms, post: Post) -> Iterable[Update]:
@@ -146,7 +148,7 @@ class Federation:
             tally = Tally(rnd, self.conductor, self.outcome, self.ledger)
             return Added(Answers(post, self.placement, tally, self._sent), self._joint)
         own = Own(terms, rnd, terms.check(self._sent, rnd))
-        own.hand_in(post, outcomes)
+        own.hand_in(post, map(self._turns.settled, outcomes))
         if self._joint is not None:
             self._joint.hand_in(rnd, own)
         else:
@@ -253,14 +255,15 @@ class Federation:
         first = {client if alone else self.placement.leader_of[client]: client for client in reversed(rnd.cohort)}
         self._level(first, rnd.index)
         coded = None if self.down.raw else self.downlink.encode(tensors, rnd)
-        decoded = tensors if coded is None else coded.tensors
         able = set() if coded is None else self.downlink.readers(first)
-        sizes = {c: len(coded.body) if coded and h in able else num_bytes(decoded) for h, c in first.items()}
+        if coded is not None and self.post is not None:
+            self.post.send_coded(sorted(able), coded, rnd.index)
+        decoded = tensors if coded is None else coded.finished().tensors
+        self.downlink.told(first)
+        sizes = {c: coded.num_bytes if coded and h in able else num_bytes(decoded) for h, c in first.items()}
         if self.post is None:
             self.ledger.down.update(sizes)
             return decoded
-        if coded is not None:
-            self.post.send_coded(sorted(able), coded, rnd.index)
         self.post.send_tensors(sorted(first.keys() - able), Kind.BROADCAST, decoded, rnd.index)
         for leader in first:  # members wait on their own link until it is time to turn to their leader
             self.post.send_bytes(self.placement.seat_of(leader)[1:], Kind.BROADCAST, b"", rnd.index)

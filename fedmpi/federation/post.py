@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from fedmpi.codecs import Chain
+from fedmpi.codecs import Chains
 from fedmpi.errors import ProtocolError
-from fedmpi.federation.coding import Coded, decode, most_bytes
+from fedmpi.federation.coding import CHUNK_BYTES, Decoding, Encoding, Known
 from fedmpi.manifest import Manifest, Packed, manifest_of, unpack
-from fedmpi.messages import Header, Kind, Payload
-from fedmpi.tensors import Tensors
+from fedmpi.messages import STREAM, Header, Kind, Payload
+from fedmpi.tensors import Tensors, room
 from fedmpi.transports.base import Transport
 from fedmpi.transports.inbox import Message
 
@@ -87,14 +87,14 @@ class Post:
         return tensors  # raw bytes are decoded to what they were
 
     def send_coded(
-        self, peers: Collection[int], coded: Coded, round_index: int, client: int = -1, note: Mapping[str, Any] | None = None
+        self, peers: Collection[int], coded: Encoding, round_index: int, client: int = -1, note: Mapping[str, Any] | None = None
     ) -> None:
-        """A message under a codec chain, and one small object before it that also says what it follows."""
+        """A message under codec chains, coded as it leaves, and one small object before it that also says what it follows."""
         for peer in peers:
             self._announce(peer, coded.manifest)
-        header = Header(Kind.CODED, round_index, client, len(coded.body), coded.manifest.hash)
+        header = Header(Kind.CODED, round_index, client, len(coded), coded.manifest.hash, STREAM if len(coded) else 0, CHUNK_BYTES)
         said = {**(note or {}), "against": coded.against}
-        self._send(peers, header, memoryview(coded.body), json.dumps(said).encode())
+        self._send(peers, header, coded, json.dumps(said).encode())
 
     def send_note(
         self, peers: Collection[int], kind: Kind, manifest: Manifest, round_index: int, client: int, note: Mapping[str, Any]
@@ -108,16 +108,24 @@ class Post:
         """The manifest of what a note is about."""
         return self._known(message)
 
-    def decode(self, message: Message, chain: Chain, before: Tensors) -> Tensors:
-        """The tensors of a message under this chain, in memory of their own."""
-        manifest = self._known(message)
-        if message.header.length > (most := most_bytes(chain, manifest)):
-            raise ProtocolError(
-                f"rank {message.peer} sent {message.header.length} coded bytes, these tensors take at most {most} in this chain"
-            )
-        body = memoryview(b"") if message.payload is None else message.payload.numpy().data
+    def decoding(self, message: Message, chains: Chains, before: Known) -> Decoding:
+        """What the parts of a coded message, of which this is the first, are decoded by."""
+        header, manifest = message.header, self.manifest(message)
+        if header.length and (header.flags, header.chunk_bytes) != (STREAM, CHUNK_BYTES):
+            raise ProtocolError(f"rank {message.peer} sent CODED in chunks of {header.chunk_bytes} bytes, expected {CHUNK_BYTES}")
         against = self.note(message).get("against")
-        return decode(chain, body, manifest, before, against if isinstance(against, int) else 0)
+        return Decoding(chains, manifest, before, against if isinstance(against, int) else 0)
+
+    def decode(self, message: Message, chains: Chains, before: Known, phase: str) -> Tensors:
+        """The tensors of a coded message of which this is the first part, in memory of their own. The others are awaited."""
+        decoding = self.decoding(message, chains, before)
+        values = room(decoding.manifest.num_bytes // 4, torch.float32)
+        while True:
+            values[message.first // 4 : message.stop // 4] = decoded(decoding, message)
+            message.release()
+            if message.last:
+                return unpack(values.view(torch.uint8), decoding.manifest)
+            message = self.receive({message.peer}, phase)
 
     def _manifest(self, tensors: Tensors) -> Manifest:
         """That of the tensors sent last, where these are alike: making one takes longer than sending a small adapter."""
@@ -234,6 +242,13 @@ class Post:
             raise ProtocolError(f"rank {message.peer} announced manifest {message.header.manifest:x} and sent {manifest.hash:x}")
         self._manifests[manifest.hash] = manifest
         self._told.add((message.peer, manifest.hash))
+
+
+def decoded(decoding: Decoding, message: Message) -> torch.Tensor:
+    """The flat values of one part of a coded message."""
+    if message.payload is None:
+        return torch.empty(0)
+    return decoding.values(slice(message.first, message.stop), message.payload.numpy().data)
 
 
 def content(message: Message) -> bytes:

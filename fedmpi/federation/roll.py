@@ -4,6 +4,7 @@ A client that was asked answers once, however late. Until then it is not asked a
 on the wire needs to be matched to attempts. It knows links and placement; never what is trained, or how rounds are judged.
 """
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from time import monotonic, sleep
@@ -18,6 +19,7 @@ from fedmpi.round import Placement, Round
 from fedmpi.transports.inbox import Message
 
 LOOK_S = 0.02  # between two looks at whether somebody is back
+_TENSORS = (Kind.UPDATE, Kind.CODED)
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Roll:
     goes_on: bool = False  # without ranks that are gone; else the first of them ends the run
     gone: dict[int, str] = field(default_factory=dict)  # by rank: why
     owed: dict[int, Failure] = field(default_factory=dict)  # by client that has not answered: why that was not waited for
+    _late: Counter[int] = field(default_factory=Counter)  # by client, bytes of an answer of which the end has not come
     _events: list[dict[str, Any]] = field(default_factory=list)
 
     def begin(self) -> None:
@@ -143,8 +146,9 @@ class Roll:
         header = message.header
         if not self.is_late(message):
             raise ProtocolError(f"rank {message.peer} sent {header.kind.name} of client {header.client}, which owes no answer")
-        ends = message.last and header.kind is not Kind.STUCK  # which is no news
+        self._late[header.client] += 0 if message.payload is None or header.kind not in _TENSORS else message.payload.numel()
         message.release()
-        if ends:
-            self.ledger.late_bytes += 0 if header.kind is Kind.FAILURE else header.length
+        if message.last and header.kind in _TENSORS:
+            self.ledger.late_bytes += self._late.pop(header.client)
+        if message.last and header.kind not in (Kind.STUCK, Kind.CODED):  # the one is no news, and the other has a seal to come
             del self.owed[header.client]

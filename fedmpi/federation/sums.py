@@ -19,7 +19,7 @@ from fedmpi.errors import PeerSilent, ProtocolError, TrainingError
 from fedmpi.federation.arrivals import Tally, failure
 from fedmpi.federation.conductor import weight_of
 from fedmpi.federation.post import Post, content
-from fedmpi.federation.turns import hand_in
+from fedmpi.federation.turns import tell
 from fedmpi.federation.updates import Failure, Update
 from fedmpi.manifest import Manifest, manifest_of
 from fedmpi.messages import Kind
@@ -52,7 +52,7 @@ class Own:
         for outcome in outcomes:
             passed = outcome if isinstance(outcome, Failure) else self._passed(outcome)
             if isinstance(passed, Failure):
-                hand_in(post, self.rnd, passed)
+                tell(post, self.rnd, passed)
                 continue
             self._add(passed)
             note = {"metrics": passed.metrics, "owned": passed.owned_sha256, "weight": passed.weight}

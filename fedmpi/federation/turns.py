@@ -8,14 +8,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from fedmpi import watch
-from fedmpi.codecs import Chain
+from fedmpi.codecs import Chains
 from fedmpi.command import FAILED
 from fedmpi.errors import Aborted, FedmpiError, LinkError
-from fedmpi.federation.coding import OWNED, encode
+from fedmpi.federation.coding import OWNED, Encoding, Known
 from fedmpi.federation.meeting import Meeting
 from fedmpi.federation.owned import Owned
 from fedmpi.federation.post import Post
@@ -24,7 +24,7 @@ from fedmpi.messages import Kind
 from fedmpi.meter import Meter
 from fedmpi.round import SERVER, Round
 from fedmpi.seeding import seed_everything, seed_for
-from fedmpi.tensors import Tensors
+from fedmpi.tensors import Tensors, part, prefixed
 
 C = TypeVar("C", bound=Party)
 
@@ -35,9 +35,10 @@ class Turns:
 
     meeting: Meeting
     owned: Owned
-    up: Chain  # what updates are coded by
+    up: Chains  # what updates are coded by
     device: str
     patience_s: float | None = None  # a turn without a step for so long is stuck; None: a turn is a run that watches over itself
+    _known: Known = field(default_factory=Known)  # the round's broadcast, where updates are differences from it
 
     def take(self, rnd: Round, client: C, work: Callable[[C], Update], sent: Tensors) -> Update | Failure:
         """The client's boundary: what goes wrong inside is a Failure of this client, in this round, and of nobody else."""
@@ -47,7 +48,7 @@ class Turns:
         trace, meter = "", Meter(self.device)
         try:
             with watch.over(self.patience_s, self._alarm(rnd, client.id)):
-                done = self._coded(rnd, work(ready), sent, lost)
+                done = self._coding(rnd, work(ready), sent, lost)
             outcome: Update | Failure = replace(done, metrics={**done.metrics, **meter.figures()})
         except Aborted:
             raise
@@ -59,9 +60,7 @@ class Turns:
         agreed = self._agreed(outcome)
         if trace and agreed == outcome:  # the other members of a client fail because of the first
             print(trace, file=sys.stderr)
-        if isinstance(agreed, Failure) or agreed.owned is None:
-            return agreed
-        return replace(agreed, owned=None, owned_sha256=self.owned.offer(client.id, agreed.owned))
+        return agreed
 
     def _alarm(self, rnd: Round, client: int) -> Callable[[str], None]:
         """What is done about a turn that is stuck for good: the server goes on without it; where nobody can, the process ends."""
@@ -85,14 +84,30 @@ class Turns:
 
         return report
 
-    def _coded(self, rnd: Round, update: Update, sent: Tensors, lost: Tensors) -> Update:
-        """The update as its chain has it: what it says is what counts everywhere. A residual joins what the client owns."""
+    def settled(self, outcome: Update | Failure) -> Update | Failure:
+        """What a turn came to, where it does not travel."""
+        return self.sealed(outcome) if isinstance(outcome, Update) else outcome
+
+    def sealed(self, update: Update) -> Update:
+        """The update once its message was coded: what that says is what counts. What the client owns is kept, and what was lost."""
+        if update.coded is not None:
+            coded = update.coded.finished()
+            owned = {**(update.owned or {}), **prefixed(OWNED, coded.lost)} or None
+            update = replace(update, tensors=coded.tensors, coded=None, coded_bytes=coded.num_bytes, owned=owned)
+        if update.owned is None:
+            return update
+        return replace(update, owned=None, owned_sha256=self.owned.offer(update.client, update.owned))
+
+    def _coding(self, rnd: Round, update: Update, sent: Tensors, lost: Tensors) -> Update:
+        """The update, ready to be coded on its way."""
         if self.up.raw:
             return update
-        coded = encode(self.up, update.tensors, seed_for(rnd.seed, "update", update.client), sent, lost)
-        kept = {f"{OWNED}{name}": tensor for name, tensor in {**lost, **coded.lost}.items()}
-        owned = {**(update.owned or {}), **kept} if kept else update.owned
-        return replace(update, tensors=coded.tensors, coded=coded, coded_bytes=len(coded.body), owned=owned)
+        if sent is not self._known.tensors:
+            self._known = Known(sent)
+        seed, alone = seed_for(rnd.seed, "update", update.client), self.meeting.post is None
+        coded = Encoding(self.up, update.tensors, seed, self._known, lost, told=alone)
+        owned = {**(update.owned or {}), **prefixed(OWNED, lost)} or None  # of tensors that are not in this update
+        return replace(update, coded=coded, owned=owned)
 
     def _agreed(self, outcome: Update | Failure) -> Update | Failure:
         """A client of several ranks has an update when all of them have; else its failure is that of the first to fail."""
@@ -108,21 +123,25 @@ def overtaken(post: Post) -> bool:
     return post.transport.holds({SERVER})
 
 
-def hand_in(post: Post, rnd: Round, outcome: Update | Failure) -> None:
-    """Send what a turn came to."""
+def hand_in(post: Post, rnd: Round, outcome: Update | Failure, sealed: Callable[[Update], Update]) -> None:
+    """Send what a turn came to. A coded update is sealed when all of it has left: only then it is known what was lost."""
     if isinstance(outcome, Failure):
-        said = {"kind": outcome.kind, "message": outcome.message}
-        post.send_json(SERVER, Kind.FAILURE, said, rnd.index, outcome.client)
+        tell(post, rnd, outcome)
         return
-    note = {"metrics": outcome.metrics, "owned": outcome.owned_sha256}
-    if outcome.coded is not None:
-        post.send_coded((SERVER,), outcome.coded, rnd.index, outcome.client, note)
-    else:
+    if outcome.coded is None:
+        note = {"metrics": outcome.metrics, "owned": sealed(outcome).owned_sha256}
         post.send_tensors((SERVER,), Kind.UPDATE, outcome.tensors, rnd.index, outcome.client, note)
+        return
+    post.send_coded((SERVER,), outcome.coded, rnd.index, outcome.client, {"metrics": outcome.metrics})
+    post.send_json(SERVER, Kind.SEAL, {"owned": sealed(outcome).owned_sha256}, rnd.index, outcome.client)
+
+
+def tell(post: Post, rnd: Round, failure: Failure) -> None:
+    """Say why there is no update."""
+    post.send_json(SERVER, Kind.FAILURE, {"kind": failure.kind, "message": failure.message}, rnd.index, failure.client)
 
 
 def _parted(owned: Tensors | None) -> tuple[Tensors | None, Tensors]:
     """What a client's algorithm owns, and what its codec does."""
-    lost = {name.removeprefix(OWNED): tensor for name, tensor in (owned or {}).items() if name.startswith(OWNED)}
     rest = {name: tensor for name, tensor in (owned or {}).items() if not name.startswith(OWNED)}
-    return rest or None, lost
+    return rest or None, part(owned or {}, OWNED)

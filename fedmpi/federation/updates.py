@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fedmpi.federation.coding import Coded
+from fedmpi.federation.coding import Encoding
 from fedmpi.tensors import Tensors, num_bytes
 
 
@@ -17,8 +17,8 @@ class Update:
     weight: int = 0  # set by the server
     owned: Tensors | None = None
     owned_sha256: str = ""
-    coded: Coded | None = None  # its message under a codec chain, on its way; `tensors` are what this says
-    coded_bytes: int | None = None  # what that message takes
+    coded: Encoding | None = None  # its message under codec chains, while that is on its way
+    coded_bytes: int | None = None  # what that message took; `tensors` are then what it says
 
     @property
     def num_bytes(self) -> int:

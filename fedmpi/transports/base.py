@@ -17,7 +17,8 @@ import torch
 from fedmpi.errors import Aborted, LinkError, PeerLost, PeerSilent
 from fedmpi.messages import CHUNK_BYTES, Header, Kind, Payload
 from fedmpi.transports.inbox import Inbox, Message
-from fedmpi.transports.link import Link, Outgoing, Traffic, Wire, is_small
+from fedmpi.transports.link import Link, Wire
+from fedmpi.transports.outgoing import Outgoing, Traffic, is_small
 from fedmpi.transports.together import Body, Together
 
 GRACE_S = 3.0  # how long the others are given to take note of an abort
@@ -207,7 +208,7 @@ class Transport:
         """The payload on its way will not come."""
         self._inbox.spoil(link.peer)
 
-    def arrived(self, link: Link, header: Header, payload: torch.Tensor | None, note: bytes, first: int) -> None:
+    def arrived(self, link: Link, header: Header, payload: torch.Tensor | None, note: bytes, place: slice) -> None:
         """Sort a message, or a part of one: control is dealt with at once, the rest goes to the inbox."""
         if header.kind == Kind.HEARTBEAT:
             return
@@ -223,7 +224,7 @@ class Transport:
                 else:
                     self._spread(text, link)
             elif header.kind != Kind.BYE and not link.closed:
-                self._inbox.put(Message(link.peer, header, payload, note, first))
+                self._inbox.put(Message(link.peer, header, payload, note, place.start, place.stop))
             self._state.notify_all()
 
     def lost(self, link: Link, error: LinkError) -> None:

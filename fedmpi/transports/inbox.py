@@ -18,7 +18,7 @@ from fedmpi.tensors import room
 
 @dataclass
 class Message:
-    """A message that came, or a part of one: the bytes of its payload from `first` on; the note comes with the first part.
+    """A message that came, or a part of one: the chunk of its payload from `first` to `stop`; the note comes with the first part.
 
     The payload may lie in a re-used buffer: `release` it when nothing looks at it any more, or `keep` it for good.
     """
@@ -28,12 +28,13 @@ class Message:
     payload: torch.Tensor | None
     note: bytes = b""
     first: int = 0
+    stop: int = 0
     _give: Callable[[], None] | None = field(default=None, repr=False)
 
     @property
     def last(self) -> bool:
         """Whether the payload ends here."""
-        return self.first + (0 if self.payload is None else self.payload.numel()) >= self.header.length
+        return self.stop >= self.header.length
 
     def release(self) -> None:
         """Hand the payload's buffer back. May be called twice."""

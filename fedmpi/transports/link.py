@@ -1,34 +1,29 @@
 """One link to one peer: messages framed over a wire, a thread that receives them, and a pulse that shows we are alive.
 
-A wire moves bytes and nothing else, so everything that is the same on all transports lives here and in `base`. On the wire
-stand a header; where note and payload are small together, one piece of both; else the note in a piece, and the payload in
-chunks. Each piece comes behind a frame with its length, its number and its checksum.
+A wire moves bytes and nothing else, so everything that is the same on all transports lives here and in `base`; `outgoing` says in
+which pieces a message is written.
 
 Chunks may be handed on one by one, so that what is done with them goes on beside receiving and nobody holds a whole payload.
-Both sides know every length in advance, since a frame and its chunk are read at once; a codec whose chunks have lengths of
-their own reads the frame first, bounded by what its chain can make of a chunk.
+Both sides know every length in advance, since a frame and its chunk are read at once. In a stream chunks have lengths of their
+own, so the frame is read first; what it claims is bounded by what the chunk stands for.
 
 This module must never know which transport it serves, nor what a payload means.
 """
 
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Protocol
 
 import torch
 
 from fedmpi.errors import LinkError, PeerLost, ProtocolError
-from fedmpi.messages import FRAME_BYTES, HEADER_BYTES, Header, Kind, Payload, check_frame, chunks, frame
+from fedmpi.messages import FRAME_BYTES, HEADER_BYTES, STREAM, Header, Kind, check_frame, chunks, frame_length
+from fedmpi.transports.outgoing import CONTROL, NOTE, SMALL_BYTES, Outgoing, Traffic, is_small
 
 NUM_BUFFERS = 2  # for whole payloads: one is filled while the other is used
 NUM_CHUNKS = 8  # for payloads that are handed on chunk by chunk: a server's memory does not grow with its clients
-SMALL_BYTES = 64 << 10  # payloads up to this travel in one piece with their frame, and need no permit
-CONTROL = frozenset({Kind.HEARTBEAT, Kind.STOP_WANTED, Kind.BYE, Kind.ABORT})
 LAST_WORDS = frozenset({Kind.BYE, Kind.ABORT})
-NOTE = 0xFFFFFFFF  # the number of a note that is a piece of its own
 MAX_ABORT_BYTES = 4096
 
 
@@ -45,67 +40,6 @@ class Wire(Protocol):
         """Break the wire and wake everyone who is blocked on it, on both sides. May be called twice."""
 
 
-@dataclass
-class Traffic:
-    """What went one way over the links to one peer: whole messages only, liveness and leave-taking apart."""
-
-    messages: int = 0
-    payload_bytes: int = 0
-    header_bytes: int = 0
-    control_bytes: int = 0
-
-    def count(self, header: Header) -> None:
-        """Add one message."""
-        num_pieces = 1 if is_small(header) else bool(header.note) - (-header.length // header.chunk_bytes)
-        around = HEADER_BYTES + header.note + (num_pieces * FRAME_BYTES if header.note + header.length else 0)
-        if header.kind in CONTROL:
-            self.control_bytes += around + header.length
-        else:
-            self.messages += 1
-            self.payload_bytes += header.length
-            self.header_bytes += around
-
-
-class Outgoing:
-    """A message to one or several peers. Each chunk is checksummed once, when the first of them comes to it."""
-
-    def __init__(self, header: Header, payload: Payload | None, chunk_bytes: int, note: bytes = b"") -> None:
-        self.payload: Payload = memoryview(b"") if payload is None else payload
-        self._note = note.ljust(-(-len(note) // 8) * 8)  # so that what comes behind it is aligned
-        self.header = replace(header, length=len(self.payload), chunk_bytes=chunk_bytes, note=len(self._note))
-        self._frames: dict[int, memoryview] = {}
-        self._lock = threading.Lock()
-
-    def parts(self) -> Iterator[tuple[memoryview, ...]]:
-        """What is written at once, one after the other."""
-        head: tuple[memoryview, ...] = (_writable(self.header.pack()),)
-        if is_small(self.header):
-            both = memoryview(self._note + self.payload[: len(self.payload)])
-            yield (*head, _writable(frame(both, 0) + both)) if both else head
-            return
-        if self._note:
-            head += (_writable(frame(memoryview(self._note), NOTE) + self._note),)
-        for index, place in enumerate(chunks(len(self.payload), self.header.chunk_bytes)):
-            yield (*head, *self._framed(index, place))
-            head = ()
-
-    def _framed(self, index: int, place: slice) -> tuple[memoryview, memoryview]:
-        chunk = self.payload[place]
-        with self._lock:
-            if index not in self._frames:
-                self._frames[index] = _writable(frame(chunk, index))
-            return self._frames[index], chunk
-
-
-def _writable(data: bytes) -> memoryview:
-    return memoryview(bytearray(data))
-
-
-def is_small(header: Header) -> bool:
-    """Whether both sides treat note and payload as one piece with its frame."""
-    return header.note + header.length <= min(SMALL_BYTES, header.chunk_bytes)
-
-
 class Hub(Protocol):
     """What a link needs of the transport that it belongs to."""
 
@@ -118,8 +52,8 @@ class Hub(Protocol):
     def spoil(self, link: "Link") -> None:
         """The payload that a buffer was taken for will not come."""
 
-    def arrived(self, link: "Link", header: Header, payload: torch.Tensor | None, note: bytes, first: int) -> None:
-        """A message of whatever kind came; or the bytes of its payload from `first` on."""
+    def arrived(self, link: "Link", header: Header, payload: torch.Tensor | None, note: bytes, place: slice) -> None:
+        """A message of whatever kind came; or the chunk of its payload that stands at this place."""
 
     def lost(self, link: "Link", error: LinkError) -> None:
         """The link is of no use any more."""
@@ -172,7 +106,7 @@ class Link:
         for parts in message.parts():
             self._wire.write(*parts)
             self.spoke = monotonic()
-        self.sent.count(message.header)
+        self.sent.count(message.header, message.payload_bytes)
 
     def _beat(self) -> None:
         """Send what was posted, and a heartbeat whenever the link was quiet for a period."""
@@ -224,30 +158,58 @@ class Link:
             raise ProtocolError(f"{header.kind.name} claims {header.length} bytes, at most {limit} are accepted here")
         if is_small(header):
             note, payload = self._small(header) if header.note + header.length else (b"", None)
-            self._hand_on(header, payload, note)
+            self._hand_on(header, payload, note, slice(0, header.length))
+        elif header.flags & STREAM:
+            self._stream(header, self._note(header) if header.note else b"")
         else:
             self._large(header, self._note(header) if header.note else b"")
 
-    def _hand_on(self, header: Header, payload: torch.Tensor | None, note: bytes, first: int = 0, ends: bool = True) -> None:
+    def _hand_on(
+        self, header: Header, payload: torch.Tensor | None, note: bytes, place: slice, payload_bytes: int | None = None
+    ) -> None:
         """Whoever wakes up by a message finds it counted, and the link ended if these were the last words."""
-        if ends:
-            self.received.count(header)
+        if place.stop == header.length:
+            self.received.count(header, header.length if payload_bytes is None else payload_bytes)
             self.ended = header.kind in LAST_WORDS
-        self._hub.arrived(self, header, payload, note, first)
+        self._hub.arrived(self, header, payload, note, place)
+
+    def _stream(self, header: Header, note: bytes) -> None:
+        """Read chunks that have lengths of their own, and hand on each when it is there."""
+        total = 0
+        for index, place in enumerate(chunks(header.length, header.chunk_bytes)):
+            framing = memoryview(bytearray(FRAME_BYTES))
+            self._read(framing)
+            length = frame_length(framing, place.stop - place.start)
+            total += length
+            self.coming = f"{place.start} of {header.length} bytes of its {header.kind.name}"
+            # held by no name here, as below
+            self._hand_on(header, self._coded(framing, length, index), b"" if index else note, place, total)
+        self.coming = ""
+
+    def _coded(self, framing: memoryview, length: int, index: int) -> torch.Tensor | None:
+        buffer = self._taken(length, NUM_CHUNKS)
+        try:
+            space = torch.empty(length, dtype=torch.uint8) if buffer is None else buffer
+            chunk = space.numpy().data
+            if length:
+                self._read(chunk)
+            check_frame(framing, chunk, index)
+        except (ConnectionError, ProtocolError):
+            self._hub.spoil(self)
+            raise
+        return buffer
 
     def _large(self, header: Header, note: bytes) -> None:
         """Read the payload, and hand it on: as a whole, or each chunk when it is there."""
         places = list(chunks(header.length, header.chunk_bytes))
         if header.kind in self._hub.in_chunks:
             for index, place in enumerate(places):
-                ends, room = place.stop == header.length, min(header.chunk_bytes, header.length)
+                room = min(header.chunk_bytes, header.length)
                 # held by no name here: its memory is used again while this thread waits for the next permit
-                self._hand_on(
-                    header, self._filled(header, [(index, place)], room, NUM_CHUNKS), b"" if index else note, place.start, ends
-                )
+                self._hand_on(header, self._filled(header, [(index, place)], room, NUM_CHUNKS), b"" if index else note, place)
         else:
             payload = self._filled(header, list(enumerate(places)), header.length, NUM_BUFFERS)
-            self._hand_on(header, payload, note)
+            self._hand_on(header, payload, note, slice(0, header.length))
 
     def _read(self, *parts: memoryview) -> None:
         self._wire.read(*parts)
@@ -269,15 +231,20 @@ class Link:
 
     def _filled(self, header: Header, places: list[tuple[int, slice]], room: int, num_buffers: int) -> torch.Tensor | None:
         """The chunks of these places in one of so many buffers of that size; None where nobody wants them any more."""
-        self.listening = False
-        buffer = self._hub.take(self, room, num_buffers)
-        self.heard, self.listening = monotonic(), True
+        buffer = self._taken(room, num_buffers)
         try:
             self._fill(header, places, buffer)
         except (ConnectionError, ProtocolError):
             self._hub.spoil(self)
             raise
         return None if buffer is None else buffer[: places[-1][1].stop - places[0][1].start]
+
+    def _taken(self, num_bytes: int, num_buffers: int) -> torch.Tensor | None:
+        """A buffer of the transport's; silence while we wait for it is ours."""
+        self.listening = False
+        buffer = self._hub.take(self, num_bytes, num_buffers)
+        self.heard, self.listening = monotonic(), True
+        return buffer
 
     def _fill(self, header: Header, places: list[tuple[int, slice]], buffer: torch.Tensor | None) -> None:
         """Read the chunks into the buffer, or, without one, over each other: the sender must be able to finish."""

@@ -20,8 +20,9 @@ import xxhash
 
 from fedmpi.errors import FedmpiError
 from fedmpi.manifest import manifest_of
-from fedmpi.messages import HEADER_BYTES, Header, Kind
-from fedmpi.transports.link import Link, Outgoing, Traffic
+from fedmpi.messages import HEADER_BYTES, STREAM, Header, Kind
+from fedmpi.transports.link import Link
+from fedmpi.transports.outgoing import Outgoing, Traffic
 
 CHUNK_BYTES = 256
 LIMIT_BYTES = 1 << 16
@@ -87,6 +88,19 @@ class Hub:
         self.error = error
 
 
+@dataclass
+class Stream:
+    """A payload whose chunks have lengths of their own."""
+
+    chunks: list[bytes]
+
+    def __len__(self) -> int:
+        return CHUNK_BYTES * len(self.chunks)
+
+    def __getitem__(self, place: slice) -> memoryview:
+        return memoryview(self.chunks[place.start // CHUNK_BYTES])
+
+
 def sound(rng: random.Random) -> list[bytes]:
     """The pieces of a few messages as a link writes them."""
     tensors = {f"t{i}": torch.randn(rng.randint(0, 90)) for i in range(3)}
@@ -103,6 +117,8 @@ def sound(rng: random.Random) -> list[bytes]:
     link = Link(1, tape, Hub(), Traffic(), Traffic(), 1.0)
     for header, payload in payloads:
         link.send(Outgoing(header, payload, CHUNK_BYTES))
+    coded = Stream([rng.randbytes(rng.randint(0, CHUNK_BYTES)) for _ in range(rng.randint(1, 5))])
+    link.send(Outgoing(Header(Kind.CODED, 3, 1, flags=STREAM, chunk_bytes=CHUNK_BYTES), coded, CHUNK_BYTES, b"{}"))
     return tape.pieces
 
 

@@ -17,7 +17,8 @@ from fedmpi.errors import Aborted, LinkError, PeerLost, PeerSilent, ProtocolErro
 from fedmpi.federation.post import Post
 from fedmpi.messages import Header, Kind
 from fedmpi.transports.base import Message, Transport
-from fedmpi.transports.link import NUM_CHUNKS, Outgoing, Traffic
+from fedmpi.transports.link import NUM_CHUNKS
+from fedmpi.transports.outgoing import Outgoing, Traffic
 from fedmpi.transports.together import BROADCAST_BYTES
 
 CHUNK_BYTES = 5000  # the artificial limit: what holds past it holds past 2 GiB, where the real limit is

@@ -21,7 +21,7 @@ from fedmpi.round import Round, place
 from fedmpi.tensors import Tensors
 from fedmpi.transports import in_process
 from fedmpi.transports.base import Transport
-from fedmpi.transports.link import Outgoing
+from fedmpi.transports.outgoing import Outgoing
 
 CHUNK_BYTES, CLIENTS = 4096, 5  # of which the first two share a rank, and the next two
 
