@@ -84,6 +84,7 @@ class Base:
         parameters = dict(self.model.named_parameters())
         for name, inside in self._inside.items():
             parameters[inside].requires_grad_(name in moving)
+        models.drop_where_trained(self.model, self.peft.dropout)
 
     @property
     def _inside(self) -> dict[str, str]:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fedmpi import data, models, offsite, public_rows
 from fedmpi.base import Base, Given
 from fedmpi.checkpoint import file_sha256, sync
-from fedmpi.errors import CheckpointError, ConfigError, ModelError
+from fedmpi.errors import CheckpointError, ConfigError, ModelError, Stopped
 from fedmpi.folder import read_object
 from fedmpi.host import Offsite
 from fedmpi.models import skeleton
@@ -26,6 +26,7 @@ from fedmpi.recipe import Recipe
 from fedmpi.round import SERVER, place
 from fedmpi.seeding import seed_for
 from fedmpi.tensors import num_bytes
+from fedmpi.training.hooks import Hook, Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,8 +71,27 @@ def places(layout: offsite.Layout, part: str) -> tuple[int, ...]:
     return tuple(place for place, number in enumerate(layout.order) if number in chosen)
 
 
+@dataclass(frozen=True)
+class Heedful(Hook):
+    """Ends a training that is no client's turn as soon as somebody is told to stop."""
+
+    halt: Callable[[], bool]
+
+    def after_step(self, step: Step) -> None:
+        """After each step, since there may be hundreds."""
+        if self.halt():
+            raise Stopped(f"after step {step.index + 1} of {step.num_steps} of the pre-alignment, which begins anew")
+
+
 def outfit(
-    wanted: Recipe, scheme: offsite.Scheme, device: str, folder: Path, parties: data.Federated, post: "Post | None", experiment: str
+    wanted: Recipe,
+    scheme: offsite.Scheme,
+    device: str,
+    folder: Path,
+    parties: data.Federated,
+    post: "Post | None",
+    experiment: str,
+    halt: Callable[[], bool] = lambda: False,
 ) -> tuple[Base, Offsite, int]:
     """This rank's model to train on, what it may know besides, and on the server the bytes that were handed out."""
     from fedmpi.federation import supply
@@ -79,7 +99,12 @@ def outfit(
     if post is not None and post.transport.rank != SERVER:
         made, outside = on_client(supply.take_over(post, experiment), wanted, scheme, device)
         return made.base(wanted, scheme, device), outside, 0
-    made, outside = on_server(wanted, scheme, device, folder, parties)
+    try:
+        made, outside = on_server(wanted, scheme, device, folder, parties, halt)
+    except Stopped as stopped:
+        if post is not None:
+            supply.call_off(post, str(stopped))
+        raise
     clients, given = len(parties.clients), made.supply()
     if post is None:  # what a federation's links would carry
         sent = clients * (num_bytes(dict(given.tensors)) + sum(map(len, given.files.values())))
@@ -90,7 +115,7 @@ def outfit(
 
 
 def on_server(
-    wanted: Recipe, scheme: offsite.Scheme, device: str, folder: Path, parties: data.Federated
+    wanted: Recipe, scheme: offsite.Scheme, device: str, folder: Path, parties: data.Federated, halt: Callable[[], bool]
 ) -> tuple[Emulation, Offsite]:
     """Make the emulator, or open the one that a former start of this run has made; the original model stays here."""
     config = scheme.resolve(wanted.offsite)
@@ -108,10 +133,11 @@ def on_server(
 
     @cache
     def goal() -> offsite.Goal:
-        return offsite.goal(full.model, layout, examples(), config, seed=seed_for(wanted.seed, "public"), pad_id=full.pad_id)
+        seed = seed_for(wanted.seed, "public")
+        return offsite.goal(full.model, layout, examples(), config, seed=seed, pad_id=full.pad_id, folder=folder)
 
     if not there and config.prealign_steps:
-        emulator = _aligned(emulator, goal(), config, wanted)
+        emulator = _aligned(emulator, goal(), config, wanted, halt)
     structure = emulator.structure  # what is folded into factors makes them grow
     if there != own:
         store(emulator, structure, tokenizer, own)
@@ -140,10 +166,12 @@ def on_client(supply: "Supply", wanted: Recipe, scheme: offsite.Scheme, device: 
     return made, Offsite(scheme.resolve(wanted.offsite), layout)
 
 
-def _aligned(emulator: offsite.Emulator, goal: offsite.Goal, config: offsite.Config, wanted: Recipe) -> offsite.Emulator:
+def _aligned(
+    emulator: offsite.Emulator, goal: offsite.Goal, config: offsite.Config, wanted: Recipe, halt: Callable[[], bool]
+) -> offsite.Emulator:
     """Steps of alignment before the first round, merged: what clients get are no longer layers of the original."""
     seed, layout = seed_for(wanted.seed, "prealign"), emulator.layout
-    emulator, done = offsite.prealign(emulator, goal, config, wanted.train, wanted.peft, seed=seed)
+    emulator, done = offsite.prealign(emulator, goal, config, wanted.train, wanted.peft, seed=seed, hooks=[Heedful(halt)])
     print(f"fedmpi: emulator of {len(layout.emulator)} layers for {len(layout.inner)}, aligned: {done.figures}", flush=True)
     return emulator
 

@@ -76,3 +76,7 @@ class CheckpointError(FedmpiError):
 
 class QuorumLost(FedmpiError):
     """Too few clients are left to count a round."""
+
+
+class Stopped(FedmpiError):
+    """Told to stop while there was no round to finish."""

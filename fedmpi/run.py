@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from fedmpi import config, recipe, timeleft, training
 from fedmpi.codecs import AUTO, RAW
 from fedmpi.command import FAILED, FINISHED, STOPPED, fail, guarded
-from fedmpi.errors import CheckpointError, QuorumLost
+from fedmpi.errors import CheckpointError, QuorumLost, Stopped
 from fedmpi.recipe import Recipe
 from fedmpi.world import World, from_environment
 
@@ -130,19 +130,18 @@ class Program:
         from fedmpi.round import End
 
         results: dict[str, Any] = {}
-        for name, end, found in self._trainings(path):
-            results[name] = found
-            if end is End.SIGNAL:
-                self._tell(path, "preempted")
-                if self.world.rank == 0:
-                    why = "out of time" if self.stop.time_is_up else "told to stop"
-                    print(f"fedmpi: {why}, and stopped after a committed round: {_AGAIN}", flush=True)
-                return STOPPED
-            if end is not End.FINISHED:
-                self._tell(path, "failed")
-                why = "too few updates counted, as rank 0 says above; what had counted is kept"
-                fail(QuorumLost(f"the run is given up: {why}: {_AGAIN}"), f"rank {self.world.rank}")
-                return FAILED
+        try:
+            for name, end, found in self._trainings(path):
+                results[name] = found
+                if end is End.SIGNAL:
+                    return self._stopped(path, "after a committed round")
+                if end is not End.FINISHED:
+                    self._tell(path, "failed")
+                    why = "too few updates counted, as rank 0 says above; what had counted is kept"
+                    fail(QuorumLost(f"the run is given up: {why}: {_AGAIN}"), f"rank {self.world.rank}")
+                    return FAILED
+        except Stopped as stopped:
+            return self._stopped(path, str(stopped))
         if self.world.rank == 0:
             from fedmpi import report
 
@@ -150,6 +149,13 @@ class Program:
             print(f"report: {report.write(path)}", flush=True)
         self._tell(path, "finished")
         return FINISHED
+
+    def _stopped(self, path: Path, where: str) -> int:
+        self._tell(path, "preempted")
+        if self.world.rank == 0:
+            why = "out of time" if self.stop.time_is_up else "told to stop"
+            print(f"fedmpi: {why}, and stopped {where}: {_AGAIN}", flush=True)
+        return STOPPED
 
     def _trainings(self, path: Path) -> "Iterator[tuple[str, End, Any]]":
         """The scenarios, then other algorithms: the name of each, how it ended, and its scores."""
@@ -179,7 +185,8 @@ class Program:
             base, outside = Base(wanted.model, wanted.peft, device, wanted.seed), None
         else:
             known = self._identity()[0]
-            base, outside, self.supply_bytes = emulation.outfit(wanted, scheme, device, path, parties, self.post, known)
+            halt = self.stop.wanted
+            base, outside, self.supply_bytes = emulation.outfit(wanted, scheme, device, path, parties, self.post, known, halt)
         return Host(
             base,
             parties,

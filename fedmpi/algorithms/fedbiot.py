@@ -82,7 +82,7 @@ def run_round(fed: "Federation", rnd: "Round", server: Server | None, clients: "
     received = fed.gather(rnd, clients, lambda client: client_update(client, sent, rnd), check)  # 8-15
     if server:
         mean = server.host.aggregate(server, received, rnd)  # 16, Eq. 11
-        server = replace(mean, figures={**server.figures, **mean.figures})
+        server = replace(mean, figures={**server.figures, **mean.figures, "prox": fed.outcome.mean("prox")})
     return server
 
 
@@ -114,6 +114,7 @@ def client_update(client: Client, sent: "Tensors", rnd: "Round") -> "Update":
     """K steps on the adapter's LoRA behind the frozen emulator, near to what was received."""
     base, outside = client.host.base, client.host.offsite
     assert outside is not None
+    near = offsite.Proximal(outside.config.prox_weight)
     base.load(sent)  # 9, Eq. 8
     base.tune("adapter")
     fit = training.fit(  # 10-13
@@ -122,12 +123,12 @@ def client_update(client: Client, sent: "Tensors", rnd: "Round") -> "Update":
         client.host.train,
         seed=seed_for(rnd.seed, "fit", client.id),
         pad_id=base.pad_id,
-        hooks=[offsite.Proximal(outside.config.prox_weight)],  # 11, Eq. 9; the step is Eq. 10
+        hooks=[near],  # 11, Eq. 9; the step is Eq. 10
         state=training.OptimState.of(client.owned) if client.owned else None,
     )
     return federation.Update(
         client=client.id,
         tensors=base.take("adapter"),  # 14
-        metrics=fit.metrics(),
+        metrics={**fit.metrics(), "prox": near.mean},
         owned=fit.state.pack() if fit.state else None,
     )

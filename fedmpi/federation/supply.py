@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedmpi.errors import ProtocolError, WorldError
+from fedmpi.errors import ProtocolError, Stopped, WorldError
 from fedmpi.federation.post import Post
 from fedmpi.messages import Kind
 from fedmpi.round import SERVER
@@ -51,10 +51,18 @@ def hand_out(post: Post, experiment: str, supply: Supply, holders: Collection[in
     return sent
 
 
+def call_off(post: Post, why: str) -> None:
+    """Tell every rank that nothing comes: the job stops."""
+    for peer in post.transport.peers:
+        post.send_json(peer, Kind.WELCOME, {"stopped": why})
+
+
 def take_over(post: Post, experiment: str) -> Supply:
     """What the server gives to this rank; the tensors come while they are asked for, and all of them must be."""
     post.send_json(SERVER, Kind.HELLO, {"experiment": experiment})
     said = post.json(post.expect(SERVER, Kind.WELCOME, -1, "waiting for what the server gives to its clients"))
+    if "stopped" in said:
+        raise Stopped(said["stopped"])
     files = {name: content.numpy().tobytes() for name, content in _next(post).items()}
     if foreign := sorted(files.keys() - FILES):
         raise ProtocolError(f"rank {SERVER} sent the files {', '.join(foreign[:3])}: none of a tokenizer's")

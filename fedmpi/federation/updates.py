@@ -1,5 +1,6 @@
 """What travels up: a client's update, or why there is none; and what the server keeps of a round. Values only."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -49,6 +50,10 @@ class Outcome:
     weights: dict[int, int] = field(default_factory=dict)
     wait_s: float = 0.0
     broadcast_s: float = 0.0
+
+    def mean(self, figure: str) -> float:
+        """The mean over clients of a figure that each of them told."""
+        return math.fsum(metrics[figure] for metrics in self.metrics.values()) / len(self.metrics)
 
     def note(self, update: Update) -> None:
         """Keep everything of an update but its tensors."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fedmpi.models.adapters import adapted as adapted
     from fedmpi.models.adapters import add_adapter as add_adapter
     from fedmpi.models.adapters import bare as bare
+    from fedmpi.models.adapters import drop_where_trained as drop_where_trained
     from fedmpi.models.adapters import load_trainable as load_trainable
     from fedmpi.models.adapters import merged as merged
     from fedmpi.models.adapters import only as only
@@ -143,6 +144,7 @@ __getattr__ = door(
                 "trainable",
                 "load_trainable",
                 "only",
+                "drop_where_trained",
                 "save_adapter",
                 "adapted",
                 "merged",

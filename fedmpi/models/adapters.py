@@ -57,6 +57,13 @@ def add_adapter(
     return adapted.eval()
 
 
+def drop_where_trained(model: Any, dropout: float) -> None:
+    """LoRA that is trained drops this share of what goes into it; LoRA that is frozen is a part of the base and drops nothing."""
+    for module in model.modules():
+        if ADAPTER in getattr(module, "lora_dropout", {}):
+            module.lora_dropout[ADAPTER].p = dropout if module.lora_B[ADAPTER].weight.requires_grad else 0.0
+
+
 def trainable(model: torch.nn.Module, names: Collection[str] | None = None) -> Tensors:
     """Copies of what is trained, by parameter name in order: CPU, fp32, contiguous, side by side in memory, ready to be sent.
 

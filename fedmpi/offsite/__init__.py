@@ -60,7 +60,7 @@ class Config:
         align_lr: learning rate of the alignment
         align_batch_size: public examples of a step
         align_optimizer_state: keep the alignment's optimiser across rounds, or begin it fresh in each
-        align_pool: align on this many batches alone and keep the full model's hidden states on them in memory; 0 = all public data
+        align_pool: align on this many batches alone and keep the full model's hidden states on them on disk; 0 = all public data
         kd_weight: lambda, the weight of the divergence of outputs beside the distance of hidden states
         prox_weight: epsilon, the weight of the distance to the received adapter in a client's loss
         normalise: divide hidden states by the root mean square of the full model's, as offsite tuning does

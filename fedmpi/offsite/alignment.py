@@ -9,6 +9,7 @@ the adapter is frozen and lets the gradient pass.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch.nn.functional import log_softmax
@@ -38,12 +39,22 @@ class Aligned:
     state: training.OptimState | None = None
 
 
-def goal(model: torch.nn.Module, layout: Layout, examples: Sequence[Example], config: Config, *, seed: int, pad_id: int) -> Goal:
-    """The full model as a goal, whatever adapter is loaded into it later; with a pool, its lower part is passed here, once."""
+def goal(
+    model: torch.nn.Module,
+    layout: Layout,
+    examples: Sequence[Example],
+    config: Config,
+    *,
+    seed: int,
+    pad_id: int,
+    folder: Path | None = None,
+) -> Goal:
+    """The full model as a goal, whatever adapter is loaded into it later; with a pool, its lower part is passed here, once, and
+    what it gives is kept in `folder`."""
     if not config.align_pool:
         return Goal(Teacher(model, layout), examples, pad_id)
     chosen = pool(examples, config.align_pool * config.align_batch_size, seed)
-    kept = keep(model, layout, chosen, config.align_batch_size, pad_id)
+    kept = keep(model, layout, chosen, config.align_batch_size, pad_id, folder)
     return Goal(PooledTeacher(model, layout, kept), chosen, pad_id)
 
 
@@ -57,6 +68,7 @@ def align(
     steps: int,
     seed: int,
     state: training.OptimState | None = None,
+    hooks: Sequence[training.Hook] = (),
 ) -> Aligned:
     """Bring the student nearer, in place. Settings that alignment has not of its own are those of local training."""
     if not steps:
@@ -74,7 +86,7 @@ def align(
     )
     gap = Gap(goal.teacher, layout.last_emulated, config.kd_weight, config.normalise)
     kept = _renamed(state, layout.compressed) if state else None
-    fit = training.fit(student, goal.examples, settings, seed=seed, pad_id=goal.pad_id, state=kept, loss=gap)
+    fit = training.fit(student, goal.examples, settings, seed=seed, pad_id=goal.pad_id, hooks=hooks, state=kept, loss=gap)
     figures = {
         "align_loss": fit.loss,
         "align_hidden": float(gap.hidden) / fit.supervised,

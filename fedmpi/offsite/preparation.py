@@ -3,6 +3,7 @@
 LoRA on its layers is aligned and then folded into them (FedBiOT's w_E_init). A distilled emulator is trained in all its weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,14 +21,21 @@ from fedmpi.offsite.structure import linears
 
 
 def prealign(
-    emulator: Emulator, goal: Goal, config: Config, train: training.Config, peft: models.PeftConfig, *, seed: int
+    emulator: Emulator,
+    goal: Goal,
+    config: Config,
+    train: training.Config,
+    peft: models.PeftConfig,
+    *,
+    seed: int,
+    hooks: Sequence[training.Hook] = (),
 ) -> tuple[Emulator, Aligned]:
     """The emulator after `prealign_steps`, in memory of its own where it changed; the original stays as it is."""
     if not config.prealign_steps:
         return emulator, Aligned({})
     whole = config.builder == "distilled"
     student = _own(emulator) if whole else with_lora(emulator, peft, seed)
-    done = align(goal, student, emulator.layout, config, train, steps=config.prealign_steps, seed=seed)
+    done = align(goal, student, emulator.layout, config, train, steps=config.prealign_steps, seed=seed, hooks=hooks)
     model = student.requires_grad_(False).eval() if whole else fold(student)
     return replace(emulator, model=model), done
 

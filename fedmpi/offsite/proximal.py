@@ -24,6 +24,11 @@ class Proximal(Hook):
         self.values: list[torch.Tensor] = []
         self._received: dict[torch.nn.Parameter, torch.Tensor] = {}
 
+    @property
+    def mean(self) -> float:
+        """Over the steps so far."""
+        return float(torch.stack(self.values).mean())
+
     def before_fit(self, model: torch.nn.Module) -> None:
         """What is in the model now is what was received."""
         self._received = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}

@@ -4,15 +4,20 @@ One pass gives both, without gradients. Where the adapter is at the model's end 
 changes: kept for a pool of texts, it saves every pass but that through the adapter.
 """
 
+import math
+import mmap
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedmpi.data import Batch, Example, collate
-from fedmpi.errors import DataError
+from fedmpi.errors import CheckpointError, DataError
 from fedmpi.models.logits import IGNORED, supervised_logits
 from fedmpi.offsite.assembly import assemble, find_layers
 from fedmpi.offsite.layers import Layout
@@ -72,24 +77,45 @@ def pool(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
 
 @torch.no_grad()
 def keep(
-    model: torch.nn.Module, layout: Layout, examples: Sequence[Example], batch_size: int, pad_id: int
+    model: torch.nn.Module, layout: Layout, examples: Sequence[Example], batch_size: int, pad_id: int, folder: Path | None = None
 ) -> dict[str, torch.Tensor]:
-    """Hidden states of the layers before the adapter by example, in main memory: one pass for each, in groups of a fixed order."""
+    """Hidden states of the layers before the adapter by example: one pass for each, in groups of a fixed order.
+
+    They lie in a file without a name in `folder`, of which memory holds what there is room for.
+    """
     lower = assemble(model, layout.inner)
     device = next(lower.parameters()).device
     kept: dict[str, torch.Tensor] = {}
+    lengths = [len(example.input_ids) for example in examples]
+    room: Iterator[torch.Tensor] = iter(())
     for start in range(0, len(examples), batch_size):
         group = examples[start : start + batch_size]
         batch = collate(group, pad_id)
         with _output_of(lower, -1) as seen:
             supervised_logits(lower, batch, device)
-        for example, states in zip(group, seen[0].cpu(), strict=True):
-            kept[example.id] = states[: len(example.input_ids)].clone()
+        if not start:
+            room = iter(torch.split_with_sizes(on_disk((sum(lengths), seen[0].shape[-1]), seen[0].dtype, folder), lengths))
+        for example, states in zip(group, seen[0], strict=True):
+            kept[example.id] = next(room)
+            kept[example.id].copy_(states[: len(example.input_ids)])
     if len(kept) != len(examples):
         raise DataError(
             f"offsite.align_pool: of {len(examples)} public examples {len(examples) - len(kept)} share their id with others"
         )
     return kept
+
+
+def on_disk(shape: tuple[int, int], dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
+    """An empty tensor in a file that goes away with it."""
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a disk that is full says so now, and not by a signal later
+            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(shape)
+    except OSError as error:
+        raise CheckpointError(
+            f"offsite.align_pool: {size} bytes of hidden states could not be kept in {folder} ({error}): make room, or give fewer"
+        ) from None
 
 
 def _supervised(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:

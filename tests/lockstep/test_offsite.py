@@ -15,7 +15,9 @@ from fedmpi.data import toy
 from fedmpi.errors import Aborted
 from fedmpi.models import skeleton
 from fedmpi.offsite import Config as OffsiteConfig
+from fedmpi.offsite.alignment import Gap
 from fedmpi.recipe import Recipe
+from fedmpi.stop import Stop
 from fedmpi.tensors import digest, num_bytes
 from tests.lockstep.ranks import STOPS, adapter, recipe, run
 
@@ -78,9 +80,10 @@ def test_every_number_of_ranks_gives_the_same_bytes(wanted: Any, tmp_path: Path,
     for size in (1, 2, 4):
         assert run(wanted(algorithm), tmp_path / str(size), size) == [0] * size
     assert left_by(tmp_path / "1") == left_by(tmp_path / "2") == left_by(tmp_path / "4")
-    for key in ("eval_loss", "eval_loss_emu", "train_loss"):
+    for key in ("eval_loss", "eval_loss_emu", "train_loss", *(("prox", "align_loss") if algorithm == "fedbiot" else ())):
         told = [[line[key] for line in lines_of(tmp_path / str(size)) if key in line] for size in (1, 2, 4)]
         assert told[0] == told[1] == told[2] and len(told[0]) >= 3
+        assert all(value > 0 for value in told[0])
 
 
 @pytest.mark.parametrize("algorithm", KINDS)
@@ -95,6 +98,33 @@ def test_a_stopped_run_goes_on_from_the_emulator_that_is_there(
     assert left_by(tmp_path / "parts") == left_by(tmp_path / "whole")
     events = [line["event"] for line in lines_of(tmp_path / "parts") if "event" in line]
     assert events == ["supply", "evaluation", "supply", "resume"]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_signal_in_the_long_alignment_before_the_rounds_is_heeded_at_once(
+    wanted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: int
+) -> None:
+    """Told at the third of a thousand steps."""
+    given, told, seen = wanted("fedbiot"), threading.Event(), []
+    with monkeypatch.context() as patched:
+        patched.setattr(Stop, "wanted", lambda self: told.is_set())
+        patched.setattr(Gap, "__call__", counting(Gap.__call__, seen, told.set))
+        long = replace(given, offsite=replace(given.offsite, prealign_steps=1000))
+        assert run(long, tmp_path / "run", size) == [75] * size
+    assert len(seen) == 3 and "after step 3 of 1000 of the pre-alignment, which begins anew" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["state"] == "preempted"
+    assert not (tmp_path / "run" / "emulator").exists()
+    assert run(given, tmp_path / "run", size) == [0] * size
+
+
+def counting(call: Any, seen: list[int], at_the_third: Any) -> Any:
+    def counted(*given: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 3:
+            at_the_third()
+        return call(*given)
+
+    return counted
 
 
 def test_a_lossy_codec_leaves_server_and_clients_with_one_emulator(wanted: Any, tmp_path: Path) -> None:
@@ -156,8 +186,9 @@ def test_a_round_carries_the_loras_that_it_should(wanted: Any, tmp_path: Path, a
         assert line["up_bytes"] == (4 if algorithm == "fedot" else 2) * of_a_layer * 3
 
 
+@pytest.mark.parametrize("codec", ["raw", "delta,int8,ef"])
 def test_the_emulator_of_a_client_is_the_servers_in_every_round(
-    wanted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wanted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
     held: dict[int, set[str]] = {}
     sent: dict[int, str] = {}
@@ -184,7 +215,7 @@ def test_the_emulator_of_a_client_is_the_servers_in_every_round(
 
     monkeypatch.setattr(fedbiot, "client_update", watched_update)
     monkeypatch.setattr(fedbiot, "run_round", watched_round)
-    assert run(wanted("fedbiot"), tmp_path, 3) == [0] * 3
+    assert run(wanted("fedbiot", f"--codec={codec}"), tmp_path, 3) == [0] * 3
     assert held == {index: {value} for index, value in sent.items()} and len(set(sent.values())) == 3
 
 

@@ -36,3 +36,25 @@ def test_the_plan_of_a_run_is_its_ledger(name: str, model_folder: Path, tmp_path
             assert line["up_bytes"] == 3 * plan.up_bytes
             assert line["down_bytes"] == 2 * plan.down_bytes  # a copy for each rank that hosts clients
             assert (line["tokens"], line["flops"]) == (sum(lengths), flops)
+
+
+@pytest.mark.parametrize("name", ["fedot", "fedbiot"])
+def test_the_plan_of_offsite_tuning_is_its_ledger(name: str, deep_folder: Path, tmp_path: Path) -> None:
+    """Down go the LoRA of adapter and emulator, or of the adapter, up that of the adapter; the emulator goes once."""
+    asked = [f"--algorithm={name}", f"--model.path={deep_folder}", "--rounds=1", "--clients=3", "--data.num_rows=30"]
+    few = ["--data.max_length=128", "--offsite.prealign_steps=1", "--offsite.align_steps=1", "--offsite.align_batch_size=2"]
+    wanted = recipe(*asked, *few, "--train.epochs=1", "--train.batch_size=4", "--eval.task=none", "--eval.batch_size=256")
+    assert run(wanted, tmp_path / "run", 3) == [0] * 3
+    module = recipes.algorithm(name)
+    plan = figures.build(wanted, module.Config(), ranks=3)
+    client = module.outline(module.Config(), load_shapes(wanted.model), wanted).client
+
+    parties = federate(wanted.data, wanted.clients, wanted.seed)
+    rows = [row for each in parties.clients for row in each.train]
+    lengths = [len(example.input_ids) for example in tokenize(rows, load_tokenizer(wanted.model), wanted.data)[0]]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    (told,) = (line for line in lines if "event" not in line)
+    assert (told["up_bytes"], told["down_bytes"]) == (3 * plan.up_bytes, 2 * plan.down_bytes)
+    assert (told["tokens"], told["flops"]) == (sum(lengths), costs.step_of(client, 1, 8).work.of(lengths))
+    files = sum((tmp_path / "run" / "emulator" / file).stat().st_size for file in ("tokenizer.json", "tokenizer_config.json"))
+    assert lines[0]["supply_bytes"] == 2 * (plan.once_bytes + files)

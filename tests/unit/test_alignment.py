@@ -1,7 +1,9 @@
 """Alignment: each equation against numbers, where its gradient goes, what it moves, and that the teacher is asked once."""
 
+import gc
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import peft
 import pytest
@@ -11,10 +13,10 @@ from small_models import PAD, examples, llama
 
 from fedmpi import models, offsite, training
 from fedmpi.data import collate
-from fedmpi.errors import DataError
+from fedmpi.errors import CheckpointError, DataError
 from fedmpi.offsite.alignment import Gap, align, goal, hidden_gap, kl
 from fedmpi.offsite.layers import Layout
-from fedmpi.offsite.teacher import Teacher, look
+from fedmpi.offsite.teacher import Teacher, look, on_disk
 from fedmpi.tensors import digest
 
 CPU = torch.device("cpu")
@@ -208,6 +210,25 @@ def test_a_pool_gives_what_the_full_model_gives_with_whatever_adapter(family):
             torch.testing.assert_close(kept.logits, wanted.logits, rtol=1e-5, atol=1e-5)
         trained = models.trainable(pair.full)
         models.load_trainable(pair.full, {name: tensor + 0.3 for name, tensor in trained.items()})
+
+
+def test_a_pool_lies_in_a_file_without_a_name_that_goes_with_it(tmp_path):
+    mapped = lambda: sum(str(tmp_path) in line for line in open("/proc/self/maps"))  # noqa: E731, SIM115
+    pair, config = Pair(), replace(CONFIG, align_pool=2)
+    found = goal(pair.full, pair.layout, examples(12), config, seed=0, pad_id=PAD, folder=tmp_path)
+    memory = goal(pair.full, pair.layout, examples(12), config, seed=0, pad_id=PAD)
+    assert list(tmp_path.iterdir()) == [] and mapped() == 1
+    assert {name: states.tolist() for name, states in found.teacher.kept.items()} == {
+        name: states.tolist() for name, states in memory.teacher.kept.items()
+    }
+    del found
+    gc.collect()
+    assert mapped() == 0
+
+
+def test_a_pool_without_room_says_so():
+    with pytest.raises(CheckpointError, match=r"offsite.align_pool: \d+ bytes of hidden states could not be kept in /proc"):
+        on_disk((2, 3), torch.float32, Path("/proc"))
 
 
 def test_a_pool_needs_texts_that_can_be_told_apart():
