@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -196,7 +197,9 @@ def perform(given: Sequence[str], work: Path) -> dict[str, Any]:
         given = [*given[:-2], "--offsite.emulator", str(kept), *given[-2:]]
     started, cpu = time.perf_counter(), time.process_time()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f"{folder.name}.log").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (folder.parent / f"{folder.name}.log").open("a") as log, own_signals(), contextlib.ExitStack() as streams:
+        streams.enter_context(contextlib.redirect_stdout(log))
+        streams.enter_context(contextlib.redirect_stderr(log))
         code = run.main(given)
     if code:
         sys.exit(f"{folder} ended with exit code {code}, see {folder}.log: start the same command again to go on")
@@ -206,6 +209,17 @@ def perform(given: Sequence[str], work: Path) -> dict[str, Any]:
         (folder / "emulator").rename(kept)
     shutil.rmtree(folder)
     return found
+
+
+@contextlib.contextmanager
+def own_signals() -> Iterator[None]:
+    """A run that has ended hears no signals any more: between two cells they are this program's again."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def emulator_folder(given: Sequence[str], work: Path) -> Path | None:

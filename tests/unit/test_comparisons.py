@@ -3,6 +3,7 @@ what the results say."""
 
 import importlib
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from fedmpi import recipe
 from fedmpi.errors import ConfigError
+from fedmpi.stop import Stop
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -50,6 +52,14 @@ def test_a_killed_comparison_goes_on_and_makes_no_cell_twice(offsite, cells, tmp
     assert len(keys) == len(cells.CORPORA) * (searches + finals)
     assert all(cell.rate == min(offsite.RATES) for cell in [*first, *rest] if cell.part == "final")
     assert "192 of 192 final runs" in offsite.tables(book) and "partial" not in offsite.tables(book)
+
+
+def test_a_signal_between_two_cells_is_the_programs_own(cells):
+    before = signal.getsignal(signal.SIGTERM)
+    with cells.own_signals():
+        Stop().install()
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_seeds_that_are_missing_are_told(offsite, cells, tmp_path):
