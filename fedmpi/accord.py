@@ -41,6 +41,18 @@ def numbers(recipe: "Recipe") -> None:
         raise ConfigError(f"early_stop {recipe.early_stop} needs evaluations: give eval_every 1 or more")
 
 
+def overlap(recipe: "Recipe") -> None:
+    """Who scores a round behind the next one cannot decide by it whether there is a next one."""
+    if recipe.eval.overlap and recipe.early_stop:
+        raise ConfigError(
+            f"eval.overlap scores a round while the next one runs, early_stop {recipe.early_stop} cannot wait: leave one out"
+        )
+    if recipe.eval.overlap and not recipe.eval_every:
+        raise ConfigError(
+            "eval.overlap has nothing to score behind the rounds, eval_every is 0: leave it out, or give eval_every 1 or more"
+        )
+
+
 def ranks(recipe: "Recipe") -> None:
     """Clients of several ranks, and engines that use them."""
     engine = recipe.train.engine
@@ -157,7 +169,21 @@ def server_optimizer(recipe: "Recipe") -> None:
         raise ConfigError("server.* are settings of the server's optimiser: give server_optimizer avgm, adam, yogi or adagrad")
 
 
-RULES = (numbers, ranks, cohort, compare, codec, exchange.fits, places, method, quantization, rule, robust, server_optimizer)
+RULES = (
+    numbers,
+    overlap,
+    ranks,
+    cohort,
+    compare,
+    codec,
+    exchange.fits,
+    places,
+    method,
+    quantization,
+    rule,
+    robust,
+    server_optimizer,
+)
 
 
 def offsite_is_read(recipe: "Recipe", read: bool) -> None:

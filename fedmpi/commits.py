@@ -25,17 +25,27 @@ class Commits:
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "commit"))
     _under_way: "Future[None] | None" = None
 
-    def begin(self, round_index: int, state: Tensors, record: Mapping[str, Any], owned: Mapping[int, str]) -> None:
+    def begin(
+        self, round_index: int, state: Tensors, record: Mapping[str, Any], owned: Mapping[int, str], between_rounds: bool = True
+    ) -> None:
         """Hand a round over as it stands: nothing of it may change from now on. The folder's pending lines go with it.
+
+        Where clients train already, what they have just written has no name yet: `tidy` is for between rounds.
 
         What this call takes, training stands still: for whatever is left of the write before, and next to nothing else.
         """
         began = time.monotonic()
         self.wait()
-        self.folder.checkpoints.forget(owned)
+        if between_rounds:
+            self.folder.checkpoints.forget(owned)
         lines = self.folder.take()
         lines[-1]["blocked_s"] = time.monotonic() - began
         self._under_way = self._writer.submit(self._write, round_index, state, {**record, "lines": lines}, owned)
+
+    def tidy(self, owned: Mapping[int, str]) -> None:
+        """Remove clients' state that nothing names any more, once the checkpoint that is being written has its names on disk."""
+        self.wait()
+        self.folder.checkpoints.forget(owned)
 
     def check(self) -> None:
         """Raise what a write has failed with; a write that goes on is left alone."""

@@ -6,7 +6,7 @@ It knows any algorithm by its `run_round` and its server's `adapter` and `SAVED`
 import resource
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Any
 
 from fedmpi import aggregation, checkpoint, evaluation
 from fedmpi.commits import Commits
-from fedmpi.errors import QuorumLost
+from fedmpi.errors import ConfigError, QuorumLost
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import Federation
 from fedmpi.folder import RunFolder
@@ -47,6 +47,8 @@ class Keeper:
     history: dict[str, Any] = field(default_factory=lambda: dict(_NEW))
 
     def __post_init__(self) -> None:
+        if self.recipe.eval.overlap and not self.host.parties.heldout:
+            raise ConfigError("eval.overlap: clients score on their own rows here, and cannot while they train: leave it out")
         self.spans: deque[float] = deque(maxlen=RECENT)  # seconds of the last rounds, lost ones too
         self.commits = Commits(self.folder, partial(setattr, self.fed.conductor, "durable"))
 
@@ -103,21 +105,41 @@ class Keeper:
         conductor = self.fed.conductor
         assert conductor is not None
         last = rnd.index + 1 >= self.recipe.rounds
-        due = last or (self.recipe.eval_every and (rnd.index + 1) % self.recipe.eval_every == 0)
+        due = last or bool(self.recipe.eval_every and (rnd.index + 1) % self.recipe.eval_every == 0)
+        later = due and self.recipe.eval.overlap and not last
         trained = time.monotonic()
-        scores = self._score(server) if due else {}  # first: what it sends belongs to this round
+        scores = self._score(server) if due and not later else {}  # first: what it sends belongs to this round
         line = {**self._figures(rnd), **server.figures, **scores}
         self._tell_of_ranks(rnd)
         line["round_s"], line["score_s"] = trained - began, time.monotonic() - trained
         line["seconds"] = time.monotonic() - began
-        self._line(line)
         self.owned.update(self.fed.outcome.owned)
         self._decide(conductor, line)
         self._heed(conductor, rnd.index + 1, began)
+        ends = last or bool(conductor.end)
+        if later and not ends:
+            self.commits.tidy(self.owned)
+            self.fed.meanwhile = partial(self._scored, rnd.index, server, line, progress)
+        else:
+            line |= self._score(server) if later else {}
+            self._complete(rnd.index, server, line, ends, progress)
+
+    def _scored(self, round_index: int, server: Any, line: dict[str, Any], progress: Progress) -> None:
+        """What was put off: the scores of the round before, while clients are busy with this one. Its line is complete then."""
+        began = time.monotonic()
+        line |= self._score(server)
+        line["score_s"] = time.monotonic() - began
+        self._complete(round_index, server, line, False, progress, between_rounds=False)
+
+    def _complete(
+        self, round_index: int, server: Any, line: dict[str, Any], ends: bool, progress: Progress, between_rounds: bool = True
+    ) -> None:
+        """The line of a round, and its checkpoint if one is due."""
+        self._line(line)
         self.commits.check()
-        if last or conductor.end or (rnd.index + 1) % self.recipe.checkpoint_every == 0:
-            self._commit(rnd.index, server)
-        if last or conductor.end:  # nobody hears that the run is over before all of it is on disk
+        if ends or (round_index + 1) % self.recipe.checkpoint_every == 0:
+            self._commit(round_index, server, between_rounds)
+        if ends:  # nobody hears that the run is over before all of it is on disk
             self.commits.wait()
         progress.round(line)
 
@@ -174,6 +196,7 @@ class Keeper:
             "train_s": sum(m["seconds"] for m in outcome.metrics.values()),
             **summed,
             **self.fed.close_books(),
+            **self._communication(),
             "broadcast_s": outcome.broadcast_s,
             "wait_s": outcome.wait_s,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -181,6 +204,17 @@ class Keeper:
             "client_losses": {c: m["loss"] for c, m in sorted(outcome.metrics.items())},
             "client_costs": costs,
         }
+
+    def _communication(self) -> dict[str, float]:
+        """Beside what of the round's communication nobody computed; and what went on behind a next client's turn, on one rank."""
+        outcome, leader_of = self.fed.outcome, self.fed.placement.leader_of
+        turns_s, hidden_s = Counter[int](), Counter[int]()
+        for client, metrics in outcome.metrics.items():
+            turns_s[leader_of[client]] += metrics.get("turn_s", 0.0)
+            hidden_s[leader_of[client]] += metrics.get("hidden_s", 0.0)
+        computing_s = max(outcome.meanwhile_s, *turns_s.values())
+        passed_s = outcome.broadcast_s + outcome.meanwhile_s + outcome.gather_s
+        return {"exposed_s": max(0.0, passed_s - computing_s), "hidden_s": max(hidden_s.values())}
 
     def _costs(self, client: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """What a client's part of the round came to; its own copy of what went down, where it had one."""
@@ -209,12 +243,12 @@ class Keeper:
     def _line(self, line: dict[str, Any]) -> None:
         self.folder.pending.append(line)
 
-    def _commit(self, round_index: int, server: Any) -> None:
+    def _commit(self, round_index: int, server: Any, between_rounds: bool = True) -> None:
         """The state of now. Its tensors are handed over, not copied: states are replaced, never mutated."""
         state = saved(server) | prefixed("base/", self.host.base.folds.saved())
         state |= prefixed("downlink/", self.fed.downlink.saved(round_index))
         record = {"history": dict(self.history), "totals": dict(self.fed.ledger.totals)}
-        self.commits.begin(round_index, state, record, dict(self.owned))
+        self.commits.begin(round_index, state, record, dict(self.owned), between_rounds)
 
     def finish(self, server: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
         """The results of a run that came to its end."""

@@ -164,6 +164,7 @@ class Recipe:
         """The settings that can change results: two runs with equal ones are the same experiment."""
         settings = {key: value for key, value in self.settings().items() if key not in _NOT_THE_EXPERIMENT}
         settings["data"].pop("cache", None)
+        settings["eval"].pop("overlap", None)
         return settings
 
     def hash(self) -> str:

@@ -23,12 +23,14 @@ class Config:
         max_new_tokens: length of an answer at most.
         task: what is scored at the end besides the loss; auto is exact_match for builtin:toy, none for other data.
         rows: held-out rows that are scored at most, the first ones; all without it.
+        overlap: the server scores a round's model while the clients of the next round train; line and checkpoint follow then.
     """
 
     batch_size: int = 64
     max_new_tokens: int = 64
     task: Literal["auto", "exact_match", "none"] = "auto"
     rows: int | None = None
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what nothing can be scored with."""

@@ -4,10 +4,14 @@ arrivals    what the server receives in a round, whole or in pieces
 coding      messages under a codec chain, and what a chain has to remember
 lockstep    Federation: rounds, broadcast, gather; the same calls in the same order on every rank
 conductor   the server's decisions: cohort, verdict, stop
+joint       broadcasts and sums by collectives of all ranks
 meeting     greeting, welcome, farewell; where the ranks of one client sit down together
+outbox      an update leaves while the next client trains
 owned       state that clients own, provisional until it counts
 post        JSON and tensors as messages over a transport, each under an agreed manifest
 turns       a client's turn: whatever goes wrong inside is that client's Failure
+probe       how fast links and codecs are, before the rounds
+sums        a rank adds up what its own clients made
 updates     what travels up: Update, Failure
 """
 

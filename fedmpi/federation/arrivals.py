@@ -48,6 +48,7 @@ class Tally:
     outcome: Outcome
     ledger: Ledger
     check: Check | None = None
+    began: float = field(default_factory=time.monotonic)
 
     def judged(self, outcomes: Iterable[Update | Failure]) -> Iterator[Update]:
         """Updates with their weights; failures go to the record; the end of the updates is the verdict."""
@@ -83,6 +84,7 @@ class Tally:
     def close(self) -> None:
         """Every client has answered: the verdict. What is summed over clients later must not depend on who came first."""
         outcome = self.outcome
+        outcome.gather_s = time.monotonic() - self.began
         outcome.metrics = dict(sorted(outcome.metrics.items()))
         self.conductor.judge(self.rnd, outcome.counted, {c: str(f) for c, f in outcome.failures.items()})
 

@@ -6,7 +6,8 @@ clients at once. This module must never know what is trained, or how.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from fedmpi.aggregation import Check
 from fedmpi.codecs import Chains
@@ -18,6 +19,7 @@ from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.ground import Ground, Levelling
 from fedmpi.federation.joint import Added, Joint
 from fedmpi.federation.meeting import About, Meeting
+from fedmpi.federation.outbox import Outbox
 from fedmpi.federation.owned import Owned
 from fedmpi.federation.post import Post, content
 from fedmpi.federation.roll import Roll
@@ -50,6 +52,7 @@ class Federation:
     answer: scores.Answer | None = None  # how clients that live here score what the server asks about, on rows of their own
     goes_on: bool = False  # without ranks that are gone
     patience_s: float | None = None  # a turn without a step for so long is stuck
+    meanwhile: Callable[[], None] | None = None  # on the server: to be done once, while the clients of the next round train
     outcome: Outcome = field(default_factory=Outcome)
     ledger: Ledger = field(default_factory=Ledger)
     _now: Round | None = None
@@ -126,6 +129,8 @@ class Federation:
         is a Failure. The exact mean takes the updates from the links in pieces; who iterates gets them whole.
         """
         outcomes = (self._turn(rnd, clients[client], work) for client in self._hosted_in(rnd))
+        if self.conductor is not None:
+            self._do_meanwhile()
         if self.terms is not None and self.post is not None:
             return self._reduced(rnd, outcomes, self.terms, self.post)
         if self.conductor is not None:
@@ -135,12 +140,23 @@ class Federation:
             assert self.roll is not None
             return Arrivals(self.roll, tally, self.up, self._sent)
         assert self.post is not None
-        for outcome in outcomes:  # now, not lazily: a client rank never reads what it gathered
-            if self._meeting.leads:
-                hand_in(self.post, rnd, outcome, self._turns.sealed)
-            else:
-                self._turns.settled(outcome)
+        self._hand_in(rnd, outcomes, self.post)  # now, not lazily: a client rank never reads what it gathered
         return ()
+
+    def _hand_in(self, rnd: Round, outcomes: Iterable[Update | Failure], post: Post) -> None:
+        """Each update leaves while the next client trains; the last one has nothing to hide behind."""
+        left, outbox = len(self._hosted_in(rnd)), Outbox(post)
+        for outcome in outcomes:
+            left, hidden_s = left - 1, outbox.wait()
+            if not self._meeting.leads:
+                self._turns.settled(outcome)
+                continue
+            if isinstance(outcome, Update) and hidden_s:
+                outcome = replace(outcome, metrics={**outcome.metrics, "hidden_s": hidden_s})
+            if left:
+                outbox.put(partial(hand_in, post, rnd, outcome, self._turns.sealed))
+            else:
+                hand_in(post, rnd, outcome, self._turns.sealed)
 
     def _reduced(self, rnd: Round, outcomes: Iterable[Update | Failure], terms: Terms, post: Post) -> Iterable[Update]:
         """Each rank adds up what its own clients made, and looks at it before; the server gets the sums, for an exact mean."""
@@ -154,6 +170,14 @@ class Federation:
         else:
             send(post, rnd, own)
         return ()
+
+    def _do_meanwhile(self) -> None:
+        """Clients train now: time for what the server has put off."""
+        began, todo = time.monotonic(), self.meanwhile
+        self.meanwhile = None
+        if todo is not None:
+            todo()
+        self.outcome.meanwhile_s = time.monotonic() - began
 
     def _turn(self, rnd: Round, client: C, work: Callable[[C], Update]) -> Update | Failure:
         if self.post is not None and self._meeting.inner is None and overtaken(self.post):

@@ -50,6 +50,8 @@ class Outcome:
     weights: dict[int, int] = field(default_factory=dict)
     wait_s: float = 0.0
     broadcast_s: float = 0.0
+    meanwhile_s: float = 0.0  # what the server did while the clients began to train
+    gather_s: float = 0.0  # from then on until the last client had answered
 
     def mean(self, figure: str) -> float:
         """The mean over clients of a figure that each of them told."""
