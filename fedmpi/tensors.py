@@ -89,7 +89,10 @@ def save_file(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[st
     """A safetensors file with the mode that any other new file gets (safetensors makes it readable by its owner alone)."""
     path.touch()  # to ask for the umask would be to change it, under the other threads' feet
     mode = path.stat().st_mode
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    places: dict[int, str] = {}  # what stands in one place under two names is written twice: a file knows no sharing
+    first = {name: places.setdefault(tensor.data_ptr(), name) == name for name, tensor in tensors.items()}
+    apart = {name: tensor.contiguous() if first[name] else tensor.clone() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(apart, path, metadata)
     path.chmod(mode)
 
 

@@ -1,9 +1,12 @@
 """Memory that is used again: only when nobody can see it any more."""
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 
 from fedmpi import tensors
-from fedmpi.tensors import room
+from fedmpi.tensors import room, save_file
 
 NUM = tensors.LARGE_BYTES // 4 + 12_345  # of a size that no other test asks for
 
@@ -40,3 +43,13 @@ def test_small_memory_is_the_allocators() -> None:
     before = len(tensors._rooms)
     assert room(0, torch.float64).shape == (0,) and room(7, torch.int8).dtype == torch.int8
     assert len(tensors._rooms) == before
+
+
+def test_what_has_two_names_is_saved_under_both(tmp_path: Path) -> None:
+    """What a server decoded is its emulator, and what the next difference is taken from."""
+    both = torch.arange(6.0)
+    save_file({"a": both[:3], "b": both[3:], "c": both[:3], "d": both[3:].view(3, 1)}, tmp_path / "file")
+    assert {name: tensor.tolist() for name, tensor in load_file(tmp_path / "file").items()} == {
+        **{"a": [0, 1, 2], "b": [3, 4, 5], "c": [0, 1, 2]},
+        "d": [[3], [4], [5]],
+    }
