@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 _WEEK_S = 604_800  # what is beyond it is a slip, and an infinite wait no deadline
 _AT_LEAST = {
-    **dict.fromkeys(("rounds", "min_clients", "threads", "checkpoint_every", "keep", "ranks_per_client"), 1),
-    **dict.fromkeys(("early_stop", "eval_every", "seed"), 0),
+    **dict.fromkeys(("rounds", "min_clients", "threads", "checkpoint_every", "keep", "ranks_per_client", "bench_rounds"), 1),
+    **dict.fromkeys(("early_stop", "eval_every", "seed", "bench_after"), 0),
 }
 
 
@@ -64,6 +64,34 @@ def ranks(recipe: "Recipe") -> None:
         raise ConfigError(f"train.engine {engine} is for groups of ranks: give ranks_per_client or groups as well")
     if recipe.clustered and recipe.scenario != "fed":
         raise ConfigError(f"scenario {recipe.scenario} runs each client on one rank: leave ranks_per_client and groups out")
+
+
+def needs_all_ranks(recipe: "Recipe") -> str:
+    """Why a run of these settings cannot go on without a rank; nothing where it can."""
+    needs = {
+        "clients of one rank each are left out, ranks_per_client and groups make larger ones": recipe.clustered,
+        f"scenario {recipe.scenario} needs every client's run": recipe.scenario != "fed",
+        "compare starts further trainings, which all ranks begin together": bool(recipe.compare),
+        "codec auto measures with all ranks": AUTO in (recipe.codec, recipe.codec_up, recipe.codec_down),
+    }
+    return next((why for why, given in needs.items() if given), "")
+
+
+def lost_ranks(recipe: "Recipe") -> None:
+    """What a run that goes on without lost ranks cannot be."""
+    if recipe.on_rank_lost == "continue" and (why := needs_all_ranks(recipe)):
+        raise ConfigError(f"on_rank_lost continue: {why}: leave that out, or give on_rank_lost end")
+
+
+def early_close(recipe: "Recipe") -> None:
+    """Who closes a round early must be able to do without the late ones."""
+    share = recipe.close_share
+    if share is None:
+        return
+    if not 0 < share < 1:
+        raise ConfigError(f"close_share {share}: give a share of the updates between 0 and 1, or leave it out")
+    if recipe.scenario != "fed":
+        raise ConfigError(f"close_share {share}: scenario {recipe.scenario} needs every client's run: leave it out, or give fed")
 
 
 def cohort(recipe: "Recipe") -> None:
@@ -173,6 +201,8 @@ RULES = (
     numbers,
     overlap,
     ranks,
+    lost_ranks,
+    early_close,
     cohort,
     compare,
     codec,

@@ -39,6 +39,7 @@ def single(recipe: "Recipe", algorithm: "ModuleType | None" = None) -> str:
         "aggregation.record_error true": rules.record_error and recipe.peft.method == "lora",
         f"peft.client_ranks {','.join(map(str, recipe.peft.client_ranks))}": bool(recipe.peft.client_ranks),
         coded: (recipe.codec_up or recipe.codec) == AUTO or not recipe.chain("up").raw,
+        f"close_share {recipe.close_share}": recipe.close_share is not None,
         "on_rank_lost continue": recipe.on_rank_lost == "continue",
         "a client of several ranks (ranks_per_client, groups)": recipe.clustered,
     }

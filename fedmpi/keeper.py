@@ -89,7 +89,8 @@ class Keeper:
         conductor = self.fed.conductor
         assert conductor is not None
         self._tell_of_ranks(rnd)
-        self._line({"round": rnd.index, "event": "quorum_lost", "message": why, "attempt": rnd.attempt})
+        failures = {c: str(failure) for c, failure in sorted(self.fed.outcome.failures.items())}
+        self._line({"round": rnd.index, "event": "quorum_lost", "message": why, "attempt": rnd.attempt, "failures": failures})
         print(f"fedmpi: {why}", file=sys.stderr, flush=True)
         self._heed(conductor, rnd.index, began)
         if not conductor.end:
@@ -191,6 +192,7 @@ class Keeper:
             "cohort": sorted({*rnd.cohort, *outcome.failures}),
             "counted": sorted(outcome.counted),
             "failures": {c: str(failure) for c, failure in sorted(outcome.failures.items())},
+            **({"benched": list(benched)} if (benched := self.fed.conductor and self.fed.conductor.benched) else {}),
             "weights": dict(sorted(outcome.weights.items())),
             "train_loss": loss,
             "train_s": sum(m["seconds"] for m in outcome.metrics.values()),

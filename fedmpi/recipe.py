@@ -69,6 +69,10 @@ class Recipe:
         keep: checkpoints that are kept
         eval_every: rounds between evaluations (the first is before round 0); 0 = only at the end
         on_quorum_lost: repeat the round with a new cohort (three times at most), or stop
+        close_share: share of a cohort's updates with which a round is closed; the others are late. Off by default, since who is
+            late depends on time, and the result with it
+        bench_after: failures in a row after which a client sits out; 0 = never
+        bench_rounds: rounds that it sits out, unless too few others are left
         on_rank_lost: end the job, or continue without the clients of a rank that died or fell silent, until it is started again;
             auto continues under the launchers that leave the other ranks alone
         server_optimizer: none, or what steps along the clients' move: avgm (FedAvgM), adam, yogi or adagrad (FedAdam and so on)
@@ -108,6 +112,9 @@ class Recipe:
     keep: int = 2
     eval_every: int = 1
     on_quorum_lost: Literal["repeat", "stop"] = "repeat"
+    close_share: float | None = None
+    bench_after: int = 3
+    bench_rounds: int = 3
     on_rank_lost: Literal["auto", "end", "continue"] = "auto"
     server_optimizer: Optimizer = "none"
     codec: str = "raw"
@@ -200,9 +207,9 @@ def read(arguments: Sequence[str], program: str, about: str) -> tuple[Recipe, An
 
 
 def _spelt_out(argument: str) -> str:
-    """--on_nonfinite is a word of the federation, like --on_quorum_lost; what it sets is done in training."""
+    """--on_nonfinite and --on_oom are words of the federation, like --on_quorum_lost; what they set is done in training."""
     key, equals, value = argument.partition("=")
-    return f"--train.on_nonfinite{equals}{value}" if key == "--on_nonfinite" else argument
+    return f"--train.{key[2:]}{equals}{value}" if key in ("--on_nonfinite", "--on_oom") else argument
 
 
 def of_run(folder: Path) -> Recipe:

@@ -1,7 +1,7 @@
 """Rounds: what a round is, who takes part in it, and which rank hosts whom. Pure; it never sends, trains or stores anything."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from fractions import Fraction
@@ -117,16 +117,19 @@ def cohort_of(sampling: str, clients_per_round: str | int | float | None, num_cl
     return cohort_size(clients_per_round, num_clients)
 
 
-def sample(sampling: str, size: int, weights: Sequence[int], seed: int, index: int, attempt: int) -> tuple[int, ...]:
-    """The cohort of a round: a pure function of seed, round and attempt, evaluated by the server alone."""
+def sample(
+    sampling: str, size: int, weights: Sequence[int], seed: int, index: int, attempt: int, out: Collection[int] = ()
+) -> tuple[int, ...]:
+    """The cohort of a round: a pure function of seed, round, attempt and who sits it out, evaluated by the server alone."""
     num_clients = len(weights)
-    if sampling.startswith("fixed:"):
-        return fixed_cohort(sampling, num_clients)
-    if sampling == "all" or size == num_clients:
-        return tuple(range(num_clients))
+    named = fixed_cohort(sampling, num_clients) if sampling.startswith("fixed:") else range(num_clients)
+    able = [client for client in named if client not in out]
+    if sampling.startswith("fixed:") or sampling == "all" or size >= len(able):
+        return tuple(able)
     rng = np.random.default_rng(seed_for(seed, "cohort", index, attempt))
-    shares = np.asarray(weights, dtype=np.float64) / sum(weights) if sampling == "weighted" else None
-    return tuple(sorted(int(c) for c in rng.choice(num_clients, size, replace=False, p=shares)))
+    shares = np.asarray([weights[client] for client in able], dtype=np.float64) if sampling == "weighted" else None
+    drawn = rng.choice(able, size, replace=False, p=None if shares is None else shares / shares.sum())
+    return tuple(sorted(int(client) for client in drawn))
 
 
 @dataclass(frozen=True)

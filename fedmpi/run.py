@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmpi import config, recipe, timeleft, training
+from fedmpi import accord, config, recipe, timeleft, training
 from fedmpi.codecs import AUTO, RAW
 from fedmpi.command import FAILED, FINISHED, STOPPED, fail, guarded
 from fedmpi.errors import CheckpointError, QuorumLost, Stopped
@@ -225,10 +225,18 @@ class Program:
         given = self.supply_bytes if scenario == "fed" else 0
         return Session(
             wanted, self.own, algorithm, host, path, title, self.stop, post, *whole, facts, given, self.world.store, quiet,
-            goes_on=post is not None and wanted.on_rank_lost == "continue",
+            goes_on=post is not None and self._goes_on(),
         )  # fmt: skip
 
+    def _goes_on(self) -> bool:
+        """Whether a rank that is lost is left behind, where the round can do without it."""
+        asked = self.recipe.on_rank_lost
+        return asked == "continue" or (asked == "auto" and self.world.outlives and not accord.needs_all_ranks(self.recipe))
+
     def _fed(self, host: "Host", path: Path, title: str = "fed") -> "tuple[End, Any]":
+        if self.world.rank == 0 and self.post is not None:
+            then = "the run goes on without it" if self._goes_on() else "the job ends"
+            print(f"fedmpi: where a rank is lost, {then} (on_rank_lost {self.recipe.on_rank_lost})", flush=True)
         session = self._session(self.recipe, host, path, "fed", self.post, title)
         if self.recipe.codec == AUTO:
             session = self._coded(session, path)

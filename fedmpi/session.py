@@ -3,6 +3,7 @@
 It knows any algorithm by the names that its file exports, and nothing of what they do.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from fedmpi import aggregation, checkpoint, config, exchange
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, PeerLost, PeerSilent
+from fedmpi.federation.bench import Bench
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import Federation
 from fedmpi.federation.post import Post
@@ -75,13 +77,23 @@ class Session:
             if not hosted:
                 print(f"fedmpi: rank {rank} has no client of the {clients} and idles", flush=True)
             fed.welcome({}, 0)
-            return self._follow(fed, parties), None
+            return self._follow(fed, parties, self.post), None
         return self._lead(fed, parties, sizes)
 
-    def _follow(self, fed: Federation, parties: Mapping[int, Any]) -> End:
-        for rnd in fed.rounds():
-            self.algorithm.run_round(fed, rnd, None, parties)
-        fed.farewell()
+    def _follow(self, fed: Federation, parties: Mapping[int, Any], post: "Post | None") -> End:
+        try:
+            for rnd in fed.rounds():
+                self.algorithm.run_round(fed, rnd, None, parties)
+            fed.farewell()
+        except (PeerLost, PeerSilent) as lost:
+            if post is None or not self.goes_on or not post.transport.can_return:
+                raise
+            rank = post.transport.rank
+            print(f"fedmpi: rank {rank}: {lost}; it asks to be let in again", file=sys.stderr, flush=True)
+            with post.apart():
+                post.transport.reopen(SERVER)
+            post.forget(SERVER)
+            return self.train()[0]
         return fed.end
 
     @property
@@ -114,6 +126,7 @@ class Session:
                 {"round": committed.round if committed else -1, "event": "supply", "supply_bytes": self.supply_bytes}
             )
         fed.conductor = self._conductor(sizes, committed.round + 1 if committed else 0)
+        fed.conductor.bench.replay(folder.metrics() if committed else ())
         if not self.quiet:
             print(f"fedmpi: {self.title}: {described(sizes)}, weights by {recipe.weights}{_standing(committed, done)}", flush=True)
             print(f"fedmpi: {self.title}: {lost(rows['samples'], self.host.data.max_length)}", flush=True)
@@ -144,6 +157,8 @@ class Session:
     def _conductor(self, sizes: Mapping[int, int], first_round: int) -> Conductor:
         recipe, num_clients = self.recipe, len(sizes)
         size = cohort_of(recipe.sampling, recipe.clients_per_round, num_clients)
+        if recipe.close_share is not None and self.post is None:
+            raise ConfigError(f"close_share {recipe.close_share}: in one process nobody is late: start ranks, or leave it out")
         if recipe.min_clients > size:
             raise ConfigError(f"min_clients {recipe.min_clients} of a cohort of {size}: no round could ever count")
         return Conductor(
@@ -155,6 +170,8 @@ class Session:
             weights=recipe.weights,
             min_clients=recipe.min_clients,
             on_quorum_lost=recipe.on_quorum_lost,
+            close_share=recipe.close_share,
+            bench=Bench(recipe.bench_after, recipe.bench_rounds),
             first_round=first_round,
             durable=first_round - 1,
         )

@@ -46,6 +46,7 @@ class World:
     store: str | None = None
     restart: int = 0
     hosts_store: bool = False
+    outlives: bool = False  # the launcher says that it leaves the other ranks alone when one is lost
 
     def describe(self) -> str:
         """The one log line that says what was decided."""
@@ -153,6 +154,7 @@ def _mpirun(launcher: str, environ: Environ, names: list[str], job: str) -> Worl
         store=_meeting_point(environ) or here,
         restart=_number(environ, "SLURM_RESTART_COUNT", 0),
         hosts_store=rank == 0,
+        outlives=environ.get("OMPI_MCA_mpi_ft_enable") == "1",  # what --with-ft ulfm sets
     )
 
 
@@ -172,6 +174,7 @@ def _srun(environ: Environ) -> World:
         store=_meeting_point(environ) or f"{host}:{port}",
         restart=restart,
         hosts_store=rank == 0,
+        outlives=environ.get("SLURM_KILL_BAD_EXIT") == "0",  # srun reads it as --kill-on-bad-exit=0, which leaves no trace itself
     )
 
 

@@ -243,6 +243,8 @@ class Arrivals:
         rnd = self.tally.rnd
         self._missing = set(rnd.cohort)
         while self._missing:
+            if self.tally.conductor.enough(rnd, len(self.tally.outcome.counted)):
+                self.roll.close_round(rnd, self._missing - self._begun.keys())
             for client in sorted(self._missing):
                 if (failure := self.roll.why_not(client)) is not None:
                     self._missing.discard(client)

@@ -251,6 +251,10 @@ class Downlink:
         if self.chains.delta and self._made is not None:
             self._holds.update(dict.fromkeys(holders, Known(self._made.tensors).fingerprint))
 
+    def forget(self, holder: int) -> None:
+        """A rank has joined anew: it holds nothing."""
+        self._holds.pop(holder, None)
+
     def settle(self, rnd: Round) -> None:
         """A round that counted is gone on from; one that did not is as if it had not been."""
         if rnd.verdict is Verdict.COUNTED and self._made is not None:

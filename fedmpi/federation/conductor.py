@@ -1,10 +1,13 @@
 """The server's decisions: who takes part, whether a round counted, when to stop. Pure state; it never sends, trains or stores."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from fedmpi.aggregation import grid_scale
 from fedmpi.errors import QuorumLost
+from fedmpi.federation.bench import Bench
 from fedmpi.round import End, Round, Verdict, sample
 from fedmpi.seeding import seed_for
 
@@ -23,10 +26,13 @@ class Conductor:
     weights: str = "examples"
     min_clients: int = 1
     on_quorum_lost: str = "repeat"
+    close_share: float | None = None  # of a cohort's updates; with them a round is closed
     first_round: int = 0
     largest: float = 1.0  # largest magnitude in the adapter that the next round starts from
     durable: int = -1
     end: End = End.NO  # set to end the run before its last round
+    bench: Bench = field(default_factory=Bench)
+    benched: tuple[int, ...] = ()  # who sits out the round
     drawn: tuple[int, ...] = ()  # who would be asked in the round if everybody could be
     _last: Round | None = None
     _verdict: Verdict = Verdict.NONE
@@ -40,7 +46,7 @@ class Conductor:
         elif self._last is not None:
             index = self._last.index + 1
         end = self.end if self.end or index < self.rounds else End.FINISHED
-        self.drawn = () if end else sample(self.sampling, self.cohort_size, self.num_examples, self.seed, index, attempt)
+        self.drawn = () if end else self._draw(index, attempt)
         cohort = tuple(client for client in self.drawn if client not in absent)
         self._last = Round(
             index=index,
@@ -57,6 +63,19 @@ class Conductor:
         self._verdict, self._counted = Verdict.NONE, ()
         return self._last
 
+    def _draw(self, index: int, attempt: int) -> tuple[int, ...]:
+        """The bench counts for as long as enough are left to count a round."""
+        draw = partial(sample, self.sampling, self.cohort_size, self.num_examples, self.seed, index, attempt)
+        self.benched = self.bench.sitting(index)
+        drawn = draw(self.benched)
+        if len(drawn) < self.min_clients:
+            self.benched, drawn = (), draw()
+        return drawn
+
+    def enough(self, rnd: Round, num_counted: int) -> bool:
+        """Whether a round is closed with so many updates."""
+        return self.close_share is not None and num_counted >= max(self.min_clients, math.ceil(self.close_share * len(rnd.cohort)))
+
     def most(self, client: int) -> int:
         """The most that an update of this client may weigh."""
         return 1 if self.weights == "equal" else self.num_examples[client]
@@ -67,6 +86,7 @@ class Conductor:
 
     def judge(self, rnd: Round, counted: Sequence[int], failures: Mapping[int, str]) -> None:
         """The verdict on a round whose updates are all in; too few of them are a QuorumLost."""
+        self.bench.note(rnd.index, counted, failures)
         if len(counted) >= self.min_clients:
             self._verdict, self._counted = Verdict.COUNTED, tuple(sorted(counted))
             return

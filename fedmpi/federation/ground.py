@@ -33,6 +33,10 @@ class Levelling:
     placement: Placement
     _held: dict[int, int] = field(default_factory=dict)
 
+    def forget(self, holder: int) -> None:
+        """A rank has joined anew."""
+        self._held.pop(holder, None)
+
     def bring_up(self, post: Post | None, ledger: Ledger, holders: Mapping[int, int], round_index: int) -> None:
         """Send each of these (a leader, and a client that the copy is for) what it misses; its members are called too."""
         now = self.ground.version

@@ -28,7 +28,7 @@ from fedmpi.federation.turns import C, Turns, hand_in, overtaken
 from fedmpi.federation.updates import Failure, Outcome, Update, Vault
 from fedmpi.ledger import Ledger
 from fedmpi.messages import Kind
-from fedmpi.round import SERVER, End, Placement, Round
+from fedmpi.round import SERVER, End, Placement, Round, Verdict
 from fedmpi.tensors import Tensors, num_bytes
 from fedmpi.transports.inbox import Message
 
@@ -64,6 +64,7 @@ class Federation:
         self._joint = Joint(self.post, self.placement, self.ledger) if self.collective and self.post is not None else None
         self.downlink = Downlink(self.down)
         self._sent: Tensors = {}  # the round's broadcast, where updates are compared with it
+        self._standing: dict[int, str] = {}  # on the server: which state of each client counts, by digest
         self._held: Tensors = {}  # the last broadcast that came here, where broadcasts are differences
         self._levelling = Levelling(self.ground, self.placement) if self.ground is not None else None
         self.roll = Roll(self.placement, self.post, self.ledger, self.goes_on) if self.post and self.rank == SERVER else None
@@ -76,6 +77,7 @@ class Federation:
             rnd, failures = self._announce(self.conductor) if self.conductor is not None else (self._follow(), {})
             self._owned.settle(rnd)
             self.downlink.settle(rnd)
+            self._standing |= self.outcome.owned if rnd.verdict is Verdict.COUNTED else {}
             self._now, self.outcome = rnd, Outcome(failures=failures)
             if rnd.end:
                 return
@@ -215,10 +217,20 @@ class Federation:
         """The server says where the run stands; each rank takes up the client-owned state that the last durable round names."""
         named = self._meeting.welcome(owned, limit_bytes)
         if self.roll is not None:
-            self.roll.begin()
+            self._standing = dict(owned)
+            self.roll.begin(self._readmit)
         self._owned.resume(named, self.placement.hosted_by(self.rank))
         if self._joint is not None:
             self._joint.meet()
+
+    def _readmit(self, peer: int, greeting: Message) -> None:
+        """A rank that joins anew: it has the state that counts now from its files, and from the server whatever else it misses."""
+        assert self.post is not None
+        said = self.post.json(self.post.expected(greeting, Kind.HELLO, -1))
+        self._meeting.readmit(peer, said, self._standing, self.post)
+        self.downlink.forget(peer)
+        if self._levelling is not None:
+            self._levelling.forget(peer)
 
     def farewell(self) -> None:
         """Nobody leaves before what was sent and what was received are found equal."""

@@ -29,6 +29,8 @@ class Meeting:
     about: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     inner: training.InnerWorld | None = None
     _meet_at: dict[int, str | None] = field(default_factory=dict)  # on the server: where each leader's members meet
+    _experiment: str = ""
+    _sizes: dict[int, int] = field(default_factory=dict)
     _store: training.Host | None = None  # of this group's inner world, on its leader
 
     @property
@@ -43,7 +45,7 @@ class Meeting:
 
     def greet(self, experiment: str, num_examples: Mapping[int, int], about: About) -> dict[int, int]:
         """Leaders say for which experiment they are here and how large their clients are; the server refuses a stranger."""
-        self.about = dict(about)
+        self.about, self._experiment = dict(about), experiment
         if self.post is None:
             return dict(num_examples)
         if self.rank != SERVER:
@@ -52,7 +54,8 @@ class Meeting:
         sizes: dict[int, int] = {}
         for peer, greeting in self.post.from_each(Kind.HELLO, "greeting the clients"):
             sizes.update(self._heard(peer, greeting, experiment))
-        return sizes
+        self._sizes = sizes
+        return dict(sizes)
 
     def _introduce(self, post: Post, experiment: str, num_examples: Mapping[int, int]) -> None:
         if self.leads and self.placement.clustered:
@@ -89,15 +92,27 @@ class Meeting:
             return owned
         if self.rank == SERVER:
             self.post.transport.limit_bytes = limit_bytes
-            said: dict[str, Any] = {"owned": {str(client): sha for client, sha in owned.items()}, "limit_bytes": limit_bytes}
             for peer in self.post.transport.peers:
-                meet_at = self._meet_at[self.placement.seat_of(peer)[0]]
-                self.post.send_json(peer, Kind.WELCOME, {**said, "meet_at": meet_at})
+                self._let_in(peer, owned, self.post)
             return {}
         said = self.post.json(self.post.expect(SERVER, Kind.WELCOME, -1, "waiting for the server's welcome"))
         self.post.transport.limit_bytes = int(said["limit_bytes"])
         self._sit_down(said["meet_at"], self.post.transport.timeout_s)
         return {int(client): str(sha) for client, sha in said["owned"].items()}
+
+    def _let_in(self, peer: int, owned: Mapping[int, str], post: Post) -> None:
+        meet_at = self._meet_at[self.placement.seat_of(peer)[0]]
+        said = {"owned": {str(client): sha for client, sha in owned.items()}, "limit_bytes": post.transport.limit_bytes}
+        post.send_json(peer, Kind.WELCOME, {**said, "meet_at": meet_at})
+
+    def readmit(self, peer: int, greeting: Mapping[str, Any], owned: Mapping[int, str], post: Post) -> None:
+        """A rank that was gone greets as at the start; it is let in where it is what it was."""
+        if "examples" not in greeting:
+            raise WorldError(f"rank {peer} asks for what is given before the first round only: start the job again")
+        sizes = self._heard(peer, greeting, self._experiment)
+        if other := [client for client, num in sizes.items() if num != self._sizes[client]]:
+            raise WorldError(f"rank {peer} has other rows of clients {other} than it had: give it the same data")
+        self._let_in(peer, owned, post)
 
     def _sit_down(self, meet_at: str | None, timeout_s: float) -> None:
         """Inside a group the world is the client: its members meet at their leader's store."""

@@ -5,12 +5,13 @@ on the wire needs to be matched to attempts. It knows links and placement; never
 """
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic, sleep
 from typing import Any
 
-from fedmpi.errors import Aborted, LinkError, ProtocolError
+from fedmpi.errors import Aborted, FedmpiError, LinkError, ProtocolError
 from fedmpi.federation.post import Post, content
 from fedmpi.federation.updates import Failure
 from fedmpi.ledger import Ledger
@@ -30,13 +31,16 @@ class Roll:
     post: Post
     ledger: Ledger
     goes_on: bool = False  # without ranks that are gone; else the first of them ends the run
+    readmit: Callable[[int, Message], None] | None = None  # what is told to a rank that was gone and greets again
     gone: dict[int, str] = field(default_factory=dict)  # by rank: why
     owed: dict[int, Failure] = field(default_factory=dict)  # by client that has not answered: why that was not waited for
     _late: Counter[int] = field(default_factory=Counter)  # by client, bytes of an answer of which the end has not come
+    _coming: set[int] = field(default_factory=set)  # ranks that have a new link and have not greeted
     _events: list[dict[str, Any]] = field(default_factory=list)
 
-    def begin(self) -> None:
+    def begin(self, readmit: Callable[[int, Message], None]) -> None:
         """From the first round on: what happened before ends the run in any case."""
+        self.readmit = readmit
         if self.goes_on:
             self.post.transport.tolerant = True
             self.post.on_lost = self.look
@@ -75,9 +79,32 @@ class Roll:
             return Failure(client, "PeerLost", f"rank {lost} is gone: {self.gone[lost]}")
         return self.owed.get(client)
 
+    def _open_door(self) -> None:
+        """Ranks that were started again get a link, and when they have greeted, they are back."""
+        for rank in self.post.transport.asking():
+            with suppress(LinkError), self.post.apart():
+                self.post.transport.reopen(rank)
+                self._coming.add(rank)
+        self._coming -= self.post.transport.failures.keys()
+        for rank in [rank for rank in sorted(self._coming) if self.post.transport.holds({rank})]:
+            self._coming.discard(rank)
+            self.post.forget(rank)
+            try:
+                assert self.readmit is not None
+                self.readmit(rank, self.post.receive({rank}, "greeting a rank that is back"))
+            except FedmpiError as error:
+                print(f"fedmpi: rank {rank} cannot come back: {error}", flush=True)
+                self.post.transport.drop(rank, str(error))
+                continue
+            del self.gone[rank]
+            print(f"fedmpi: rank {rank} is back, with clients {list(self.placement.hosted_by(rank))}", flush=True)
+            self._events.append({"event": "rank_back", "rank": rank, "clients": list(self.placement.hosted_by(rank))})
+
     def absent(self) -> dict[int, Failure]:
         """The clients that cannot be asked now."""
         self.look()
+        if self.gone and self.goes_on:
+            self._open_door()
         for client in [client for client in self.owed if self.placement.leader_of[client] in self.gone]:
             del self.owed[client]
         while (behind := self.behind) and self.post.transport.holds(behind):
@@ -85,7 +112,10 @@ class Roll:
             if message is not None:
                 self.drop(message)
         found = {client: self.why_not(client) for client in range(len(self.placement.leader_of))}
-        return {client: failure for client, failure in found.items() if failure is not None}
+        absent = {client: failure for client, failure in found.items() if failure is not None}
+        return absent | {
+            c: Failure(c, "Late", f"an earlier round is still unanswered ({failure})") for c, failure in self.owed.items()
+        }
 
     @property
     def leaders(self) -> list[int]:
@@ -135,6 +165,11 @@ class Roll:
                 itself = why if client == header.client else f"rank {leader} is stuck in the turn of client {header.client}"
                 self.owed[client] = Failure(client, "Stuck", itself)
         print(f"fedmpi: rank {message.peer} is stuck in round {rnd.index} in the turn of client {header.client}: {why}", flush=True)
+
+    def close_round(self, rnd: Round, late: Collection[int]) -> None:
+        """Enough have answered: these are not waited for."""
+        for client in late:
+            self.owed[client] = Failure(client, "Late", f"round {rnd.index} was closed before its update came")
 
     def is_late(self, message: Message) -> bool:
         """Whether this answers a round that went on without it."""

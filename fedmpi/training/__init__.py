@@ -29,6 +29,7 @@ Precision = Literal["fp32", "bf16", "fp16", "half"]
 EngineName = Literal["plain", "ddp", "fsdp", "deepspeed"]
 StateBetweenTurns = Literal["fresh", "keep"]
 OnNonfinite = Literal["fail", "skip"]
+OnOom = Literal["retry", "fail"]
 _CHOICES: Mapping[str, object] = {
     "optimizer": Optimizer,
     "schedule": Schedule,
@@ -36,6 +37,7 @@ _CHOICES: Mapping[str, object] = {
     "engine": EngineName,
     "optimizer_state": StateBetweenTurns,
     "on_nonfinite": OnNonfinite,
+    "on_oom": OnOom,
 }
 
 
@@ -65,6 +67,8 @@ class Config:
         deepspeed: a JSON file with further settings of DeepSpeed; it may not contradict the recipe.
         optimizer_state: fresh in every turn, or keep, as state that the client owns.
         on_nonfinite: what a loss or gradient that is not finite does: fail the client's turn, or skip the step (--on_nonfinite).
+        on_oom: what running out of memory does: retry the step in micro-batches of half the size, down to a row, with the same sum
+            of losses, or fail the client's turn (--on_oom). Clients of several ranks always fail.
         hooks: dotted names of hook classes, a list or joined by commas, called in this order.
     """
 
@@ -87,6 +91,7 @@ class Config:
     deepspeed: str | None = None
     optimizer_state: StateBetweenTurns = "fresh"
     on_nonfinite: OnNonfinite = "fail"
+    on_oom: OnOom = "retry"
     hooks: tuple[str, ...] | str = ()
 
     def __post_init__(self) -> None:

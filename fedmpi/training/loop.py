@@ -1,6 +1,8 @@
 """The one optimiser loop. Its result depends on seed, examples and the weights it starts from, on nothing else."""
 
+import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +20,7 @@ from fedmpi.errors import NonFinite, TrainingError
 from fedmpi.models import costs
 from fedmpi.models.logits import supervised_logits
 from fedmpi.seeding import seed_everything, seed_for
-from fedmpi.training import Config, engines, optim
+from fedmpi.training import Config, engines, memory, optim
 from fedmpi.training.engine import Engine
 from fedmpi.training.hooks import Hook, Step, load_hooks
 from fedmpi.training.precision import autocast, prepared
@@ -88,6 +90,7 @@ class _Tally:
     flops: int = 0
     pending: list[tuple[Step, int, torch.Tensor]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    parts: int = 1  # that a micro-batch is cut into, for want of memory
 
 
 def fit(
@@ -214,15 +217,7 @@ def _gradients(turn: _Turn, step: Step, tally: _Tally) -> Step:
     supervised = sum(batch.num_supervised for batch in step.batches)
     if not supervised:
         raise TrainingError(f"step {step.index}: samples {_names(step)} have no supervised token")
-    loss = torch.zeros((), device=turn.device)
-    for number, batch in enumerate(step.batches, start=1):
-        with nullcontext() if number == len(step.batches) else turn.engine.quiet():
-            with costs.learning(step.model, turn.moving):
-                part = _loss(turn, batch)
-            # Engines divide the sum of gradients by the number of ranks; the division that counts is by supervised tokens.
-            turn.engine.backward(part * (turn.engine.size / supervised))
-        loss += part.detach()
-        watch.tick()
+    loss = _passes(turn, step, supervised, tally)
     turn.engine.ready()
     tally.examples += sum(batch.num_examples for batch in step.batches)
     tally.tokens += sum(batch.num_tokens for batch in step.batches)
@@ -232,6 +227,44 @@ def _gradients(turn: _Turn, step: Step, tally: _Tally) -> Step:
         hook.after_backward(step)
     tally.pending.append((step, supervised, torch.stack([loss, turn.engine.clip(turn.config.clip_norm)])))
     return step
+
+
+def _passes(turn: _Turn, step: Step, supervised: int, tally: _Tally) -> torch.Tensor:
+    """Forward and backward of a step; where memory does not last, once more from its start in micro-batches of half the size."""
+    while True:
+        batches = (
+            step.batches if tally.parts == 1 else [part for batch in step.batches for part in memory.parts(batch, tally.parts)]
+        )
+        try:
+            return _pass(turn, step.model, batches, supervised)
+        except (RuntimeError, MemoryError) as error:
+            # ranks of one client would have to agree; other losses may know their batches
+            alone = turn.engine.size == 1 and turn.loss is token_loss
+            largest = max(len(batch.input_ids) for batch in batches)
+            if not (memory.ran_out(error) and turn.config.on_oom == "retry" and alone and largest > 1):
+                raise
+            why = (str(error) or type(error).__name__).splitlines()[0]
+        tally.parts *= 2
+        size = -(-largest // 2)
+        print(f"fedmpi: step {step.index} ran out of memory ({why}): on in micro-batches of {size}", file=sys.stderr, flush=True)
+        turn.engine.clear()
+        gc.collect()  # now, outside of the handler, nothing holds what the failed pass had made
+        if turn.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _pass(turn: _Turn, model: torch.nn.Module, batches: Sequence[Batch], supervised: int) -> torch.Tensor:
+    """Add up the gradients of these micro-batches; gives the sum of their losses."""
+    loss = torch.zeros((), device=turn.device)
+    for number, batch in enumerate(batches, start=1):
+        with nullcontext() if number == len(batches) else turn.engine.quiet():
+            with costs.learning(model, turn.moving):
+                part = _loss(turn, batch)
+            # Engines divide the sum of gradients by the number of ranks; the division that counts is by supervised tokens.
+            turn.engine.backward(part * (turn.engine.size / supervised))
+        loss += part.detach()
+        watch.tick()
+    return loss
 
 
 def _loss(turn: _Turn, batch: Batch) -> torch.Tensor:

@@ -38,6 +38,7 @@ class Transport:
         chunk_bytes: int = CHUNK_BYTES,
         turn: AbstractContextManager[object] | None = None,
         last_resort: Callable[[], None] | None = None,
+        asks: Callable[[int], bool] | None = None,
         gather_all: Callable[[int], Body] | None = None,
     ) -> None:
         self.rank, self.size, self.peers, self.timeout_s = rank, size, tuple(sorted(wires)), timeout_s
@@ -48,7 +49,7 @@ class Transport:
         self.sent, self.received = ({peer: Traffic() for peer in self.peers} for _ in range(2))
         self.past: list[Traffic] = []  # of links that were made anew since
         self.failures: dict[int, LinkError] = {}
-        self._chunk_bytes, self._reconnect, self._last_resort = chunk_bytes, reconnect, last_resort
+        self._chunk_bytes, self._reconnect, self._last_resort, self._asks = chunk_bytes, reconnect, last_resort, asks
         self._gather_all, self._num_gathered = gather_all, 0
         self._period_s = min(1.0, timeout_s / 4)
         self._state = threading.Condition()
@@ -143,6 +144,15 @@ class Transport:
         """Raise where the job or any of the links has come to an end."""
         with self._state:
             self._nothing_from(frozenset(self.peers), phase)
+
+    @property
+    def can_return(self) -> bool:
+        """Whether a rank that was lost can have a new link."""
+        return self._asks is not None
+
+    def asking(self) -> list[int]:
+        """The lost peers that ask for a new link: `reopen` gives it."""
+        return [peer for peer in self.failures if self._asks is not None and self._asks(peer)]
 
     def reopen(self, peer: int) -> None:
         """Make the link anew, on both sides; nothing that was on the old one can be seen on the new one."""

@@ -103,6 +103,10 @@ class Exchange:
         up, down = Pipe(), Pipe()
         return PipeWire(down, up), PipeWire(up, down)
 
+    def asks(self, client: int) -> bool:
+        """Whether this client waits for the server to come."""
+        return self._half_made.get(client, (True, None))[0] is False
+
     def meet(self, client: int, is_server: bool) -> PipeWire:
         """This side's end of a new generation, once the other side has asked for it too."""
         with self._state:
@@ -185,8 +189,9 @@ def open_all(size: int, *, timeout_s: float = 60.0, chunk_bytes: int = CHUNK_BYT
             return Seat(tables.setdefault(generation, Table(size, timeout_s)), rank)
 
         return Transport(
-            rank, size, wires[rank], reconnect, timeout_s=timeout_s, chunk_bytes=chunk_bytes, turn=turn, gather_all=gather_all
-        )
+            rank, size, wires[rank], reconnect, timeout_s=timeout_s, chunk_bytes=chunk_bytes, turn=turn,
+            gather_all=gather_all, asks=exchange.asks,
+        )  # fmt: skip
 
     return [transport(rank) for rank in range(size)]
 

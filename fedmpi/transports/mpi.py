@@ -11,6 +11,7 @@ This is the only module that imports mpi4py. It must never know messages or clie
 import atexit
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic, sleep
 from types import ModuleType
@@ -113,6 +114,7 @@ class MpiWire:
 
     def __init__(self, mpi: ModuleType, comm: Any, progress: Progress, peer: int, generation: int) -> None:
         self._byte, self._comm, self._progress, self._peer = mpi.BYTE, comm, progress, peer
+        self._failed = mpi.Exception
         self._tag, self._cut_tag = 2 * generation, 2 * generation + 1
         self._state = threading.Lock()
         self._closed = ""
@@ -136,7 +138,8 @@ class MpiWire:
         """Tell the other side, and give up all that is pending on this one."""
         if not self._closed:
             post = [self._comm.Isend, [b"", self._byte], self._peer, self._cut_tag]
-            self._progress.start(lambda: [post[0](*post[1:])], False, _nothing)
+            with suppress(self._failed):  # nobody is there to be told
+                self._progress.start(lambda: [post[0](*post[1:])], False, _nothing)
         self._break("this side closed the link")
 
     def _do(self, post: Callable[[], Sequence[Any]], receives: bool) -> None:
@@ -144,7 +147,10 @@ class MpiWire:
         with self._state:
             if self._closed:
                 raise ConnectionError(self._closed)
-            operation = self._progress.start(post, receives, done.set)
+            try:
+                operation = self._progress.start(post, receives, done.set)
+            except self._failed as error:  # of a peer that is known to be gone, at once
+                raise ConnectionError(str(error)) from None
             self._operations.add(operation)
         done.wait()
         with self._state:

@@ -192,13 +192,23 @@ class Rendezvous:
         except RuntimeError as error:
             raise PeerLost(f"rank {self.world.rank}: no collective could be made: {_reason(error)}") from None
 
+    def asks(self, client: int) -> bool:
+        """Whether this client wants a newer link than it had."""
+        return int(self._store.add(f"asked/{client}", 0)) > self._generations.get(client, 0)
+
     def _agree(self, client: int) -> int:
+        """A client that is not new waits for as long as the store is there: the server looks for it between two rounds."""
         asked, known = f"asked/{client}", self._generations.get(client, 0)
         if self.world.rank:
-            return int(self._store.add(asked, 1))
+            generation = int(self._store.add(asked, 1))
+            while generation > 1 and int(self._store.add(f"granted/{client}", 0)) < generation:
+                sleep(POLL_S)
+            return generation
         if not self._until(lambda: self._store.add(asked, 0) > known, self.timeout_s):
             raise PeerLost(f"rank {client} did not come back to its link within {self.timeout_s:g} s")
-        return int(self._store.add(asked, 0))
+        generation = int(self._store.add(asked, 0))
+        self._store.add(f"granted/{client}", generation - known)
+        return generation
 
 
 def _device(world: World, host: str) -> ProcessGroupGloo.Device:
@@ -226,7 +236,7 @@ def open(world: World, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES) -> T
         raise PeerLost(f"rank {world.rank} of {world.size} could not meet the others: {_reason(error)}") from None
     return Transport(
         world.rank, world.size, wires, rendezvous.link, timeout_s=timeout_s, chunk_bytes=chunk_bytes,
-        gather_all=rendezvous.gather_all,
+        gather_all=rendezvous.gather_all, asks=rendezvous.asks,
     )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def test_what_cannot_be_interrupted_is_left_out_and_its_late_update_dropped(sett
     rounds = rounds_of(tmp_path)
     assert [line["counted"] for line in rounds[:4]] == [[0, 1, 2], [0, 2], [0, 2], [0, 2]]
     assert rounds[-1]["counted"] == [0, 1, 2] and all(line["cohort"] == [0, 1, 2] for line in rounds)
-    assert "Stuck: no step for" in rounds[1]["failures"]["1"]
+    assert "Stuck: no step for" in rounds[1]["failures"]["1"] and rounds[2]["failures"]["1"].startswith("Late: ")
     late = [line["late_bytes"] for line in rounds if "late_bytes" in line]
     assert late == [rounds[0]["up_bytes"] // 3]
     assert all(line["control_bytes"] >= 0 for line in rounds)
@@ -123,6 +123,18 @@ def test_without_enough_others_the_run_gives_up(settings: list[str], tmp_path: P
     results = run(recipe(*settings, *STEADY, FALLS, "--on_rank_lost=continue", "--min_clients=3"), tmp_path, 4)
     assert [results[rank] for rank in (0, 1, 3)] == [1] * 3
     assert [line["attempt"] for line in lines_of(tmp_path) if line.get("event") == "quorum_lost"] == [0, 1, 2, 3]
+
+
+def test_a_round_closes_when_the_asked_share_has_come(settings: list[str], tmp_path: Path) -> None:
+    """Nobody waits for the client that hangs, whose deadline is far; what it sends in the end is late."""
+    Hangs.rank, Hangs.at, Hangs.until = 2, 0, 3
+    wanted = recipe(*settings, *STEADY, HANGS, "--rounds=7", "--timeout_s=60", "--close_share=0.6")
+    assert run(wanted, tmp_path, 4) == [0] * 4
+    rounds = rounds_of(tmp_path)
+    assert all(len(line["counted"]) >= 2 and line["cohort"] == [0, 1, 2] for line in rounds) and 1 not in rounds[0]["counted"]
+    failed = [why for line in rounds for why in line["failures"].values()]
+    assert "Late: round 0 was closed before its update came" in failed and all(why.startswith("Late: ") for why in failed)
+    assert sum(line.get("late_bytes", 0) for line in rounds) >= rounds[0]["up_bytes"] // 2
 
 
 def test_otherwise_a_rank_that_is_gone_ends_the_run_on_all(settings: list[str], tmp_path: Path) -> None:

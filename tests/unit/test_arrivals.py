@@ -53,9 +53,9 @@ def made(client: Client) -> Update:
     return Update(client.id, tensors | {"c": torch.full((700,), client.id, dtype=torch.bfloat16)}, {"examples": client.id + 1.0})
 
 
-def federation(transport: Transport | None) -> Federation:
+def federation(transport: Transport | None, goes_on: bool = False) -> Federation:
     rank, size = (0, 1) if transport is None else (transport.rank, transport.size)
-    fed = Federation(place(CLIENTS, size), rank, None if transport is None else Post(transport))
+    fed = Federation(place(CLIENTS, size), rank, None if transport is None else Post(transport), goes_on=goes_on)
     fed.greet("test", {client: client + 1 for client in fed.placement.hosted_by(rank)})
     if rank == 0:
         fed.conductor = Conductor([client + 1 for client in range(CLIENTS)], 1, 0, CLIENTS)
@@ -68,12 +68,13 @@ def run(
     size: int,
     work: Callable[[Federation, Round], None] | None = None,
     check: Check | None = None,
+    goes_on: bool = False,
 ) -> Seen:
     """One round; `work` replaces what rank 1 does in it. The server's error is kept."""
     seen = Seen()
 
     def part(transport: Transport | None) -> None:
-        fed = federation(transport)
+        fed = federation(transport, goes_on)
         clients = {client: Client(client) for client in fed.placement.hosted_by(fed.rank)}
         for rnd in fed.rounds():
             if fed.rank == 1 and work is not None:
@@ -186,20 +187,37 @@ def test_what_is_summed_over_clients_does_not_depend_on_who_came_first() -> None
     assert list(tally.outcome.metrics) == [0, 1, 2] and tally.outcome.counted == [2, 0, 1]
 
 
+def breaks(fed: Federation, rnd: Round) -> None:
+    """Two of the three chunks of an update, and the link is closed."""
+    assert fed.post is not None
+    tensors = made(Client(0)).tensors
+    manifest = manifest_of(tensors)
+    fed.post._announce(0, manifest)
+    link = fed.post.transport._links[0]
+    header = Header(Kind.UPDATE, rnd.index, 0, manifest=manifest.hash)
+    message = Outgoing(header, Packed(tensors, manifest), CHUNK_BYTES, b'{"metrics": {"examples": 1.0}, "owned": ""}')
+    for _, parts in zip(range(2), message.parts(), strict=False):
+        link._wire.write(*parts)
+    link.close()
+
+
+@pytest.mark.parametrize("aggregate", [taped, kept, whole])
+def test_an_update_that_breaks_off_leaves_nothing_where_the_run_goes_on(aggregate: Callable[[object, Round], Tensors]) -> None:
+    def fails(fed: Federation, rnd: Round) -> None:
+        assert fed.post is not None
+        fed.post.send_json(0, Kind.FAILURE, {"kind": "PeerLost", "message": "its rank is gone"}, rnd.index, 0)
+        for _ in fed.rounds():
+            raise AssertionError("the last round is over")
+        fed.farewell()
+
+    without, seen = run(aggregate, 6, fails), run(aggregate, 6, breaks, goes_on=True)
+    assert seen.error is None and without.error is None
+    assert sorted(seen.counted) == sorted(without.counted) == [1, 2, 4] and seen.failed[0].startswith("PeerLost: rank 1 is gone")
+    assert all(torch.equal(seen.result[name], without.result[name]) for name in "abc")
+
+
 @pytest.mark.parametrize("aggregate", [in_pieces, whole, put_together])
 def test_where_an_update_breaks_off_there_is_no_mean(aggregate: Callable[[object, Round], Tensors]) -> None:
-    def breaks(fed: Federation, rnd: Round) -> None:
-        assert fed.post is not None
-        tensors = made(Client(0)).tensors
-        manifest = manifest_of(tensors)
-        fed.post._announce(0, manifest)
-        link = fed.post.transport._links[0]
-        header = Header(Kind.UPDATE, rnd.index, 0, manifest=manifest.hash)
-        message = Outgoing(header, Packed(tensors, manifest), CHUNK_BYTES, b'{"metrics": {"examples": 1.0}, "owned": ""}')
-        for _, parts in zip(range(2), message.parts(), strict=False):
-            link._wire.write(*parts)
-        link.close()
-
     seen = run(aggregate, 6, breaks)
     assert isinstance(seen.error, PeerLost) and "8192 of 13400 bytes of its UPDATE" in str(seen.error)
     assert not seen.result

@@ -116,6 +116,34 @@ def test_offsite_settings_ask_for_an_algorithm_that_reads_them() -> None:
             recipe.read(arguments, "test", "")
 
 
+UNSEEN = ["--aggregation.record_error=false"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--close_share=1"], "close_share 1.0: give a share of the updates between 0 and 1"),
+        (["--close_share=0.5", "--scenario=all"], "close_share 0.5: scenario all needs every client's run"),
+        (
+            ["--close_share=0.5", "--exchange=sums", *UNSEEN],
+            "adds updates up on their way, close_share 0.5 must see each",
+        ),
+        (["--bench_after=-1"], "bench_after -1: at least 0 is needed"),
+        (["--bench_rounds=0"], "bench_rounds 0: at least 1 is needed"),
+        (["--on_rank_lost=continue", "--scenario=local"], "on_rank_lost continue: scenario local needs every client's run"),
+        (
+            ["--on_rank_lost=continue", "--groups=2,1", "--train.engine=ddp"],
+            "continue: clients of one rank each are left out",
+        ),
+        (["--on_rank_lost=continue", "--exchange=collective", *UNSEEN], "on_rank_lost continue must see each"),
+        (["--on_oom=perhaps"], "train.on_oom.*retry.*fail.*perhaps"),
+    ],
+)
+def test_what_a_run_with_faults_cannot_be(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        recipe.read(arguments, "test", "")
+
+
 def test_what_is_compared_is_a_recipe_of_its_own() -> None:
     arguments = ["--scenario=all", "--compare=fedbiot, fedprox", "--offsite.drop_rate=0.5", "--train.steps=7"]
     wanted, _ = recipe.read(arguments, "test", "")
