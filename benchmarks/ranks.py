@@ -88,15 +88,22 @@ def update(client: Client) -> Update:
 
 
 def run_round(fed: Federation, rnd: Round, held: Tensors | None, clients: Mapping[int, Client]) -> Tensors | None:
-    """Broadcast, gather, exact mean, and what the server's bookkeeping does with the result; nobody trains."""
+    """Broadcast, gather, checks, exact mean, and what the server's bookkeeping does with the result; nobody trains."""
     fed.broadcast(held)
-    received = fed.gather(rnd, clients, update)
+    received = fed.gather(rnd, clients, update, None if held is None else check(held))
     if held is None or fed.conductor is None:
         return None
-    mean = aggregation.exact_mean(received, rnd.scale)
+    start = aggregation.Start(held, {}, rnd.scale, aggregation.Config(record_error=False))
+    mean = aggregation.aggregate(received, start).adapter
     fed.conductor.largest = aggregation.largest(mean)
     fed.close_books()
     return mean
+
+
+def check(held: Tensors) -> aggregation.Check:
+    """What the program looks at in every update."""
+    wanted = aggregation.Wanted(held, aggregation.most_of(aggregation.largest(held)))
+    return lambda client, like: aggregation.begin(wanted, like)
 
 
 def drain(fed: Federation, rounds: Iterator[Round]) -> None:

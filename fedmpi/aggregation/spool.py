@@ -6,7 +6,6 @@ reader holds one tensor (or a slice of one) of each client at a time: the memory
 the clients of the round. It must never know what a rule does.
 """
 
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from fedmpi.aggregation.mean import Piece, Void, Weighted
+from fedmpi.aggregation.scratch import Scratch
 from fedmpi.tensors import Tensors, num_bytes
-
-IN_MEMORY_BYTES = 8 << 20  # what a round of small updates takes before it goes to disk
 
 
 class Sent(Weighted, Protocol):
@@ -33,10 +31,10 @@ Places = dict[str, tuple[int, torch.Size, torch.dtype]]
 
 
 class Spool:
-    """The updates of one round. The file has no name, so that nothing stays behind, however the process ends."""
+    """The updates of one round."""
 
     def __init__(self, scratch: Path | None) -> None:
-        self._file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY_BYTES, dir=str(scratch) if scratch else None)  # noqa: SIM115 - closed in __exit__
+        self._scratch = Scratch(scratch)
         self._places: dict[int, Places] = {}
         self._weights: dict[int, int] = {}
         self._end = 0
@@ -46,7 +44,7 @@ class Spool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        self._scratch.close()
 
     def passing(self, updates: Iterable[U]) -> Iterator[U]:
         """The updates as they come, each kept on its way."""
@@ -77,8 +75,7 @@ class Spool:
         if tape.start < 0:
             tape.start = self._idle.pop() if self._idle else self._end  # all that are taped are alike
             self._end = max(self._end, tape.start + tape.num_bytes)
-        self._file.seek(tape.start + sum(num * dtype.itemsize for _, num, dtype in tape.taken))
-        self._file.write(_bytes(piece.values))
+        self._scratch.write(tape.start + sum(num * dtype.itemsize for _, num, dtype in tape.taken), _bytes(piece.values))
         tape.taken.append((piece.first, piece.values.numel(), piece.values.dtype))
 
     def _backwards(self, tape: "_Tape") -> Iterator[Piece]:
@@ -138,15 +135,14 @@ class Spool:
 
     def _keep(self, client: int, tensors: Tensors) -> None:
         self._places[client] = _places(tensors, self._end)
-        self._file.seek(self._end)
         for tensor in tensors.values():
-            self._end += self._file.write(_bytes(tensor))
+            self._scratch.write(self._end, data := _bytes(tensor))
+            self._end += len(data)
 
     def _read(self, start: int, num: int, dtype: torch.dtype) -> torch.Tensor:
         if not num:
             return torch.empty(0, dtype=torch.float64)
-        self._file.seek(start)
-        return torch.frombuffer(bytearray(self._file.read(num * dtype.itemsize)), dtype=dtype).double()
+        return torch.frombuffer(self._scratch.read(start, num * dtype.itemsize), dtype=dtype).double()
 
 
 @dataclass

@@ -148,7 +148,7 @@ def test_fedex_sends_as_much_as_its_clients_did() -> None:
 
 def test_large_updates_lie_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     """In scratch space of the run, without a name, and with the same result."""
-    monkeypatch.setattr("fedmpi.aggregation.spool.IN_MEMORY_BYTES", 1)
+    monkeypatch.setattr("fedmpi.aggregation.scratch.IN_MEMORY_BYTES", 1)
     made, expected = aggregate(updates("fedex"), start("fedex", scratch=tmp_path)), aggregate(updates("fedex"), start("fedex"))
     assert all(torch.equal(made.fold[name], tensor) for name, tensor in expected.fold.items())
     assert list(tmp_path.iterdir()) == []
