@@ -231,6 +231,11 @@ def with_offsite(recipe: "Recipe", scheme: Scheme | None) -> None:
         raise ConfigError(
             f"peft.method {recipe.peft.method}: algorithm {recipe.algorithm} trains layers, with {' or '.join(methods)}"
         )
+    if recipe.model.quantization != "none":
+        raise ConfigError(
+            f"model.quantization {recipe.model.quantization}: algorithm {recipe.algorithm} makes models of layers, which packed "
+            "weights do not allow: give quantization none, and offsite.builder quantized for a small emulator"
+        )
     if recipe.aggregation.rule != "mean" or recipe.peft.client_ranks:
         raise ConfigError(
             f"algorithm {recipe.algorithm} takes the mean of adapters of one rank: leave aggregation.rule "

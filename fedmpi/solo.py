@@ -5,7 +5,7 @@ of its own.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from fedmpi.errors import QuorumLost
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import Federation
 from fedmpi.federation.updates import Update
-from fedmpi.round import SERVER, End, place
+from fedmpi.round import SERVER, End, Round, place
 from fedmpi.session import LEAST_LIMIT_BYTES
 
 if TYPE_CHECKING:
@@ -55,26 +55,34 @@ def run_solos(
     finals: dict[int, Any] = {}
     ends: set[End] = set()
     for rnd in fed.rounds():
-        try:
-            for update in fed.gather(rnd, jobs, _run):
-                finals[update.client] = update.metrics["final"]
-                if complete is not None and update.tensors:
-                    finals[update.client] = {**finals[update.client], **complete(update.client, update.tensors)}
-                ends.add(End(update.metrics["end"]))
-                if update.metrics["end"] == End.GIVEN_UP:
-                    print(f"fedmpi: {name}: client {update.client} gave up, its output says why", file=sys.stderr, flush=True)
-                print(f"{name}: {len(finals)} of {len(jobs)} done", flush=True)
-        except QuorumLost:
-            if fed.conductor is None:
-                raise
-            print(f"fedmpi: {name}: {'; '.join(map(str, fed.outcome.failures.values()))}", flush=True)
+        for update in _ended(fed, rnd, jobs, name):
+            ends.add(End(update.metrics["end"]))
+            more = complete(update.client, update.tensors) if complete is not None and update.tensors else {}
+            finals[update.client] = {**update.metrics["final"], **more}
+            print(f"{name}: {len(finals)} of {len(jobs)} done", flush=True)
         if fed.conductor is not None and not fed.conductor.end:
-            if End.GIVEN_UP in ends:
-                fed.conductor.end = End.GIVEN_UP
-            elif End.SIGNAL in ends or stop.wanted():
-                fed.conductor.end = End.SIGNAL
+            fed.conductor.end = _verdict(ends, stop)
     fed.farewell()
     return fed.end, finals
+
+
+def _ended(fed: Federation, rnd: Round, jobs: Mapping[int, Solo], name: str) -> Iterator[Update]:
+    """The jobs on the server as they come to an end; why others did not is printed."""
+    try:
+        for update in fed.gather(rnd, jobs, _run):
+            if update.metrics["end"] == End.GIVEN_UP:
+                print(f"fedmpi: {name}: client {update.client} gave up, its output says why", file=sys.stderr, flush=True)
+            yield update
+    except QuorumLost:
+        if fed.conductor is None:
+            raise
+        print(f"fedmpi: {name}: {'; '.join(map(str, fed.outcome.failures.values()))}", flush=True)
+
+
+def _verdict(ends: Collection[End], stop: "Stop") -> End:
+    if End.GIVEN_UP in ends:
+        return End.GIVEN_UP
+    return End.SIGNAL if End.SIGNAL in ends or stop.wanted() else End.NO
 
 
 def _run(job: Solo) -> Update:

@@ -109,6 +109,7 @@ def test_offsite_settings_ask_for_an_algorithm_that_reads_them() -> None:
         (["--algorithm=fedbiot", "--peft.method=none"], "peft.method none: algorithm fedbiot trains layers, with lora"),
         (["--algorithm=fedot", "--peft.method=prefix"], "with lora or none"),
         (["--algorithm=fedot", "--aggregation.rule=ffa"], "algorithm fedot takes the mean of adapters of one rank"),
+        (["--algorithm=fedbiot", "--model.quantization=nf4"], "quantization nf4: algorithm fedbiot makes models of layers"),
         (["--compare=fedprox", "--offsite.drop_rate=0.5"], "offsite settings are given, but algorithm fedavg has none"),
         (["--compare=fedot", "--aggregation.rule=ffa"], "algorithm fedot takes the mean of adapters of one rank"),
     ):
