@@ -1,4 +1,4 @@
-"""Which faults there are, where each is possible, and how it is made inside a rank's own process."""
+"""Which faults there are, where each is possible and why not elsewhere, and how it is made inside a rank's own process."""
 
 import os
 import resource
@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-SERVER = ("announce", "broadcast", "gather", "commit", "committed")  # phases of a round, in their order, on the server
+SERVER = ("announce", "broadcast", "gather", "aggregate", "evaluate", "commit", "committed")  # phases of a round, on the server
 CLIENT = ("announced", "train", "upload")  # and on a client
-PAUSE_S, LONG_PAUSE_S = 0.7, 9.0  # below and above the deadline of the runs
-DEADLINE_S = 5.0
+DEADLINE_S = 4.0  # of the runs, unless they are told another
+PAUSE, LONG_PAUSE = 0.15, 1.6  # deadlines: before the others give up, and after
 
 
 @dataclass(frozen=True)
@@ -32,27 +32,31 @@ class Fault:
 
 EVERYWHERE = SERVER + CLIENT
 PHASES: Mapping[str, tuple[str, ...]] = {
-    "kill": EVERYWHERE,  # SIGKILL
-    "pause": EVERYWHERE,  # SIGSTOP, and SIGCONT before the others give up
-    "freeze": EVERYWHERE,  # SIGSTOP for longer than the deadline
+    "kill": EVERYWHERE,  # SIGKILL; where ranks are threads, of all of them
+    "pause": EVERYWHERE,  # SIGSTOP, and SIGCONT before the others give up; of a thread, nothing leaves it for so long
+    "freeze": EVERYWHERE,  # the same for longer than the deadline
     "term": EVERYWHERE,
     "usr1": EVERYWHERE,
-    "reset": EVERYWHERE,  # every TCP connection of the process is shut down
+    "reset": EVERYWHERE,  # every TCP connection of the process is shut down; of a thread, every link
     "slow": EVERYWHERE,  # the next writes to a link take their time
-    "clock": EVERYWHERE,  # the wall clock jumps by a day
+    "clock": EVERYWHERE,  # the time of day jumps by a day: time.time is another from now on
+    "again": ("upload",),  # the update is delivered twice
     "flip": ("broadcast", "upload"),  # one bit of the next large piece on a link
     "exception": ("train", "upload"),
     "memory": ("train",),  # as when an allocation fails
     "nan": ("train", "upload"),  # in the weights while training; in the update behind all of the client's own checks
-    "full": ("commit",),  # no room for the checkpoint
+    "full": ("commit",),  # no file may grow beyond 64 bytes (RLIMIT_FSIZE): the kernel refuses the write, as on a full disk
     "truncate": ("committed",),  # the newest checkpoint loses its second half, and the process is killed
 }
-IN_THREADS = ("exception", "memory", "nan", "kill", "term", "usr1", "clock", "full", "truncate", "slow", "flip")
-
-
-def possible(kind: str, launcher: str) -> bool:
-    """Threads of one process share its signals and sockets: a whole process cannot be stopped under them and come back."""
-    return launcher != "in_process" or kind in IN_THREADS
+WHY_NOT = {
+    "exception": "only a client's work is caught; elsewhere an exception ends the job, as a kill does",
+    "memory": "allocations are large in training alone",
+    "nan": "only training makes numbers",
+    "again": "only updates are delivered",
+    "flip": "large pieces travel in these phases alone",
+    "full": "only the checkpoint is large",
+    "truncate": "there is no other moment at which a checkpoint is new",
+}
 
 
 def kill_self() -> None:
@@ -95,14 +99,12 @@ def fail() -> None:
 
 
 def out_of_memory() -> None:
-    """What torch says when an allocation fails."""
+    """What Python says when an allocation fails."""
     raise MemoryError("a fault of the campaign: out of memory")
 
 
 DONE_AT_ONCE: Mapping[str, Callable[[], None]] = {
     "kill": kill_self,
-    "pause": lambda: stop_self(PAUSE_S),
-    "freeze": lambda: stop_self(LONG_PAUSE_S),
     "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "usr1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
     "reset": reset_connections,

@@ -1,30 +1,36 @@
-"""What a launcher of the campaign starts: the program with the probe in it.
+"""One process of a run: the program with the probe in it. It is one rank, or all of them as threads.
 
-    python -m tests.campaign.rank FOLDER FAULTS.json NUM_THREADS ARGUMENTS...
+    python -m tests.campaign.rank FOLDER ARGUMENTS...        what mpirun and srun start: one rank
 
-With NUM_THREADS above 1 this process is all ranks, as threads.
+FOLDER/plan.json has the faults, the clients whose updates are lost whatever happens, and the protections to do without.
 """
 
 import json
+import math
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from tests.campaign.faults import Fault
 
+GRACE_S = 8.0  # what a launcher leaves to the other ranks when one has failed
 
-def main() -> int:
-    """The exit code of the program."""
-    folder, planned, num_threads, arguments = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
-    from tests.campaign import probe
 
-    probe.install(folder / "events", [Fault(**fault) for fault in json.loads(planned.read_text())])
-    if num_threads == 1:
-        from fedmpi.run import main as program
+def run(folder: Path, arguments: list[str], num_threads: int = 1) -> int:
+    """The exit code of the program, with its probe."""
+    from tests.campaign import probe, unprotected
 
-        return program(arguments)
-    return threads(arguments, num_threads)
+    planned = json.loads((folder / "plan.json").read_text())
+    unprotected.switch_off(planned["without"])
+    faults = [Fault(**fault) for fault in planned["faults"]]
+    probe.install(folder / "events", faults, planned["lost"], num_threads > 1)
+    if num_threads > 1:
+        return threads(arguments, num_threads)
+    from fedmpi.run import main as program
+
+    return program(arguments)
 
 
 def threads(arguments: list[str], size: int) -> int:
@@ -53,13 +59,22 @@ def threads(arguments: list[str], size: int) -> int:
             print(f"rank {number}: {error}", file=sys.stderr, flush=True)
 
     opened = in_process.open_all(size, timeout_s=wanted.timeout_s)
-    ranks = [threading.Thread(target=rank, args=pair) for pair in enumerate(opened)]
+    ranks = [threading.Thread(target=rank, args=pair, daemon=True) for pair in enumerate(opened)]
     for thread in ranks:
         thread.start()
-    for thread in ranks:
-        thread.join()
+    _wait(ranks, results)
     return max(results)
 
 
+def _wait(ranks: list[threading.Thread], results: list[int]) -> None:
+    """Until all have ended; a while after the first that failed, as a launcher does it."""
+    ends = math.inf
+    while time.monotonic() < ends and any(thread.is_alive() for thread in ranks):
+        for thread, code in zip(ranks, results, strict=True):
+            thread.join(0.02)
+            if not thread.is_alive() and code and ends == math.inf:
+                ends = time.monotonic() + GRACE_S
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(Path(sys.argv[1]), sys.argv[2:]))

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests.campaign.faults import PHASES, possible
-from tests.campaign.history import COUNTED, History, faults_of
-from tests.campaign.plan import NUM_RANKS, NUM_ROUNDS, plan
+from tests.campaign.faults import PHASES
+from tests.campaign.history import COUNTED, History, costs, faults_of, lost
+from tests.campaign.plan import LOSSY, MOST_PER_RUN, NUM_RANKS, NUM_ROUNDS, plan
+from tests.campaign.report import empty, totals
 
 Story = dict[str, Any]
 
@@ -18,6 +19,8 @@ def sound() -> Story:
     first = [*events(0, 0, 2), *events(1, 0, 2)]
     second = [*events(0, 2, 4), *events(1, 2, 4)]
     metrics = [line(number) for number in range(3)]
+    for second_of_the_day, event in enumerate([*first, *second]):
+        event["t"] = float(second_of_the_day)
     return {"processes": [first, second], "metrics": [{"round": -1, "event": "evaluation"}, *metrics], "final": "F"}
 
 
@@ -27,7 +30,7 @@ def line(number: int) -> Story:
 
 def events(rank: int, first: int, end: int) -> list[Story]:
     """What one rank notes from round `first` to before `end`; the fourth header ends the run."""
-    told: list[Story] = []
+    told: list[Story] = [{"event": "begin", "rank": rank, "round": -1}]
     for number in range(first, end):
         settled = {"verdict": COUNTED, "counted": [0, 1]} if number > first else {"verdict": 0, "counted": []}
         told.append({"event": "round", "rank": rank, "round": number, "attempt": 0, "durable": number - 1, **settled})
@@ -41,7 +44,7 @@ def events(rank: int, first: int, end: int) -> list[Story]:
 
 
 def check(story: Story) -> list[str]:
-    return faults_of(History(**story), "F")
+    return faults_of(History(story["processes"], story["metrics"]), story["final"], "F")
 
 
 def test_a_sound_history_is_sound() -> None:
@@ -81,7 +84,7 @@ def ranks_disagree(story: Story) -> None:
 
 
 def restart_with_another_past(story: Story) -> None:
-    story["processes"][1].insert(0, {"event": "holds", "rank": 0, "round": 1, "sha": "C"})
+    story["processes"][1].insert(0, {"event": "holds", "rank": 0, "round": 1, "sha": "C", "t": 99.0})
 
 
 def round_again(story: Story) -> None:
@@ -89,7 +92,11 @@ def round_again(story: Story) -> None:
 
 
 def committed_backwards(story: Story) -> None:
-    find(story, 0, "committed", 1)["round"] = 5
+    find(story, 0, "committed", 0)["round"] = 5
+
+
+def committed_and_done_again(story: Story) -> None:
+    find(story, 1, "round", 2).update(round=1, verdict=0, counted=[])
 
 
 def not_a_number(story: Story) -> None:
@@ -99,7 +106,7 @@ def not_a_number(story: Story) -> None:
 @pytest.mark.parametrize(
     ("doctor", "says"),
     [
-        (other_bytes, "no contribution was lost"),
+        (other_bytes, "the same without faults"),
         (round_twice, "each once"),
         (round_missing, "none missing"),
         (counted_twice, "counted of the cohort"),
@@ -109,6 +116,7 @@ def not_a_number(story: Story) -> None:
         (restart_with_another_past, "different adapters"),
         (round_again, "must grow"),
         (committed_backwards, "in the order"),
+        (committed_and_done_again, "was begun again, though round 1 had been committed"),
         (not_a_number, "not a number"),
     ],
 )
@@ -118,20 +126,46 @@ def test_what_is_wrong_is_seen(doctor: Callable[[Story], None], says: str) -> No
     assert any(says in fault for fault in check(story)), check(story)
 
 
-def test_other_bytes_are_right_where_a_contribution_was_lost() -> None:
+def test_a_checkpoint_that_was_destroyed_may_be_made_again() -> None:
     story = sound()
-    story["final"], story["metrics"][1]["counted"], story["metrics"][1]["failures"] = "G", [0], {"1": "RuntimeError"}
-    for event in story["processes"][0]:
-        if event["event"] == "round" and event["round"] == 1:
-            event["counted"] = [0]
+    committed_and_done_again(story)
+    story["processes"][0].append({"event": "fault", "rank": 0, "round": 1, "kind": "truncate", "t": 50.0})
+    for event in story["processes"][1]:
+        event["t"] = event["t"] + 100
     assert check(story) == []
 
 
-@pytest.mark.parametrize("launcher", ["in_process", "torchrun", "mpirun"])
-def test_a_long_campaign_leaves_no_possible_cell_empty(launcher: str) -> None:
-    planned = plan(2500, 1, [launcher])
-    made = {(fault.kind, fault.phase) for run in planned for fault in run.faults}
-    assert made == {(kind, phase) for kind, phases in PHASES.items() for phase in phases if possible(kind, launcher)}
-    assert sum(len(run.faults) for run in planned) >= 2500
+def test_what_was_lost_is_what_the_repeated_run_has_to_lose() -> None:
+    story = sound()
+    story["metrics"][1].update(counted=[0], failures={"1": "RuntimeError"})
+    assert lost(History(story["processes"], story["metrics"])) == ({0: [1]}, False)
+    story["metrics"][3]["attempt"] = 1
+    assert lost(History(story["processes"], story["metrics"]))[1]
+
+
+def test_times_are_those_from_a_fault_to_what_it_caused() -> None:
+    def at(t: float, event: str, rank: int, round_index: int, **more: str) -> Story:
+        return {"event": event, "rank": rank, "round": round_index, "t": t, **more}
+
+    first = [at(0.0, "begin", 0, -1), at(1.0, "round", 0, 0), at(2.0, "round", 0, 1), at(2.5, "fault", 1, 1, kind="kill")]
+    first += [at(2.6, "lost", 0, 1), at(2.7, "lost", 2, 1)]
+    second = [at(5.0, "begin", 0, -1), at(6.5, "round", 0, 1), at(7.0, "fault", 2, 1, kind="freeze"), at(9.0, "lost", 0, 1)]
+    third = [at(20.0, "begin", 0, -1), at(21.0, "round", 0, 2)]
+    told = costs(History([first, second, third], []))
+    assert told == {"gone_s": [0.1], "silent_s": [2.0], "resume_s": [4.0], "redone": 1}
+
+
+@pytest.mark.parametrize("shares", [{"in_process": 1}, {"torchrun": 3, "srun": 1}])
+def test_a_long_campaign_leaves_no_possible_cell_empty(shares: dict[str, int]) -> None:
+    planned = plan(2500, 1, shares)
+    made = [
+        {"launcher": run.launcher, "made": [(f.kind, f.phase) for f in run.faults], "wrong": [], "codes": [0]} for run in planned
+    ]
+    assert empty(made, tuple(shares)) == []
+    assert totals(made)["faults"] >= 2500 and totals(made)["hangs"] == 0
     assert all(fault.rank < NUM_RANKS and fault.round < NUM_ROUNDS - 1 for run in planned for fault in run.faults)
-    assert plan(2500, 1, [launcher]) == planned != plan(2500, 2, [launcher])
+    assert all(len(run.faults) <= MOST_PER_RUN and run.launcher in shares for run in planned)
+    without_loss = [run for run in planned if not any(fault.kind in LOSSY for fault in run.faults)]
+    assert len(without_loss) > len(planned) / 2  # these must end in the undisturbed bytes
+    assert plan(2500, 1, shares) == planned != plan(2500, 2, shares)
+    assert {kind for run in planned for kind in (fault.kind for fault in run.faults)} == set(PHASES)
