@@ -55,12 +55,13 @@ def begin(wanted: Wanted, like: Tensors) -> Look:
     return look
 
 
-def whole(look: Look, tensors: Tensors) -> None:
-    """Look at an update that is there already."""
-    first = 0
+def whole(look: Look, tensors: Tensors) -> float:
+    """Look at an update that is there already; gives its largest magnitude."""
+    first, most = 0, 0.0
     for tensor in tensors.values():
-        look(first, tensor.reshape(-1))
+        most = max(most, look(first, tensor.reshape(-1)))
         first += tensor.numel()
+    return most
 
 
 def parts(like: Tensors, first: int, values: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, int]]:

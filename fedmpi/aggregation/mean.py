@@ -17,7 +17,7 @@ was, so that nothing of it is left. This module must never know who sent what, o
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -193,10 +193,10 @@ class Sums:
         """Of nothing yet."""
         return Sums(like, scale, room(sum(tensor.numel() for tensor in like.values()), torch.float64))
 
-    def take(self, update: Weighted, number: int) -> None:
-        """Add a whole update, which is none of those before."""
+    def take(self, update: Weighted, number: int, most: float) -> None:
+        """Add a whole update, which is none of those before and whose largest magnitude is known."""
         for piece in _cut(number, update, self.like):
-            self.add(piece)
+            self.add(replace(piece, most=most))
 
     def add(self, piece: Piece) -> None:
         """Add a piece, or take it back, block by block: each is looked at, scaled, rounded and added while it is in the cache."""
@@ -214,7 +214,8 @@ class Sums:
             if stop > self._num_begun:
                 self.values[self._num_begun : stop].zero_()
                 self._num_begun = stop
-            steps = self._block[: part.numel()].copy_(part).mul_(-factor if piece.back else factor).round_()
+            steps = self._block[: part.numel()]
+            steps = part if piece.added else steps.copy_(part).mul_(-factor if piece.back else factor).round_()
             self.values[start:stop].add_(steps)
         self._count(piece)
 

@@ -50,28 +50,27 @@ class Own:
     def hand_in(self, post: Post, outcomes: Iterable[Update | Failure]) -> None:
         """Add the updates as their turns end, and tell the server of each at once."""
         for outcome in outcomes:
-            passed = outcome if isinstance(outcome, Failure) else self._passed(outcome)
-            if isinstance(passed, Failure):
-                tell(post, self.rnd, passed)
+            added = outcome if isinstance(outcome, Failure) else self._added(outcome)
+            if isinstance(added, Failure):
+                tell(post, self.rnd, added)
                 continue
-            self._add(passed)
-            note = {"metrics": passed.metrics, "owned": passed.owned_sha256, "weight": passed.weight}
+            note = {"metrics": added.metrics, "owned": added.owned_sha256, "weight": added.weight}
             assert self.manifest is not None
-            post.send_note((SERVER,), Kind.ADDED, self.manifest, self.rnd.index, passed.client, note)
+            post.send_note((SERVER,), Kind.ADDED, self.manifest, self.rnd.index, added.client, note)
 
-    def _passed(self, update: Update) -> Update | Failure:
+    def _added(self, update: Update) -> Update | Failure:
+        """The update with its weight, now that it is in the sum; or why it is not."""
         try:
-            whole(self.check(update.client, update.tensors), update.tensors)
+            most = whole(self.check(update.client, update.tensors), update.tensors)
         except TrainingError as error:
             return failure(update.client, error)
         examples = self.terms.num_examples[update.client]
-        return replace(update, weight=weight_of(self.terms.weights, examples, update.metrics.get("examples", 0.0)))
-
-    def _add(self, update: Update) -> None:
+        weighed = replace(update, weight=weight_of(self.terms.weights, examples, update.metrics.get("examples", 0.0)))
         if self.sums is None:
             self.manifest = manifest_of(update.tensors)
             self.sums = Sums.of(self.manifest.like, self.rnd.scale)
-        self.sums.take(update, update.client)
+        self.sums.take(weighed, update.client, most)
+        return weighed
 
 
 def send(post: Post, rnd: Round, own: Own) -> None:
