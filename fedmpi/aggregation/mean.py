@@ -211,13 +211,24 @@ class Sums:
             if not others + most < _LIMIT:
                 self._refuse(piece)
             self._most[piece.update] = most
-            if stop > self._num_begun:
-                self.values[self._num_begun : stop].zero_()
-                self._num_begun = stop
-            steps = self._block[: part.numel()]
-            steps = part if piece.added else steps.copy_(part).mul_(-factor if piece.back else factor).round_()
-            self.values[start:stop].add_(steps)
+            self._put(start, stop, part, piece, factor)
         self._count(piece)
+
+    def _put(self, start: int, stop: int, part: torch.Tensor, piece: Piece, factor: float) -> None:
+        """Add one block. Where nothing was before, it is made in place, and a zero has no sign, as if it had been added to one."""
+        there, first = self.values[start:stop], start == self._num_begun
+        if stop > self._num_begun:
+            if not first:
+                self.values[self._num_begun : stop].zero_()
+            self._num_begun = stop
+        steps = there if first else self._block[: len(part)]
+        if not piece.added:
+            steps.copy_(part).mul_(-factor if piece.back else factor).round_()
+        elif first:
+            steps.copy_(part)
+        else:
+            steps = part
+        there.add_(0.0 if first else steps)
 
     def _begin(self, piece: Piece) -> None:
         if piece.like is not self.like:
