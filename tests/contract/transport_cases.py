@@ -323,8 +323,7 @@ def lying(t: Transport) -> None:
 
 def collectives(t: Transport) -> None:
     """One buffer to all and the sum of all, exactly, in more than one piece; counted on both sides; anew as often as asked for."""
-    size = BROADCAST_BYTES + 17
-    for seed in range(2):
+    for seed, size in enumerate((BROADCAST_BYTES + 17, 100)):
         together = t.together()
         data = torch.frombuffer(bytearray(pattern(size, seed) if t.rank == 0 else bytes(size)), dtype=torch.uint8)
         sent, received = t.sent[t.peers[0]].payload_bytes, t.received[t.peers[0]].payload_bytes
