@@ -12,6 +12,7 @@ tables are made anew from RESULTS.
 
 import argparse
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 from cells import CORPORA, SEARCH_SEED, SEEDS, Book, Cell, Method, check, paired, publish, seeds_of, settled, shown
@@ -75,10 +76,10 @@ def cells(book: Book, corpora: Sequence[str]) -> Iterator[tuple[Cell, Method]]:
             for rate in RATES:
                 yield Cell(corpus, name, "search", rate, SEARCH_SEED), method
         yield from final(book, corpus, first, SEEDS[0])
-    for methods, seeds in ((first, SEEDS[1:]), (HALVED, SEEDS), (ABLATED, SEEDS)):
-        for seed in seeds:
-            for corpus in corpora:
-                yield from final(book, corpus, methods, seed)
+    for seed, corpus in product(SEEDS[1:], corpora):
+        yield from final(book, corpus, first, seed)
+    for seed, corpus, methods in product(SEEDS, corpora, (HALVED, ABLATED)):
+        yield from final(book, corpus, methods, seed)
 
 
 def final(book: Book, corpus: str, methods: dict[str, Method], seed: int) -> Iterator[tuple[Cell, Method]]:
