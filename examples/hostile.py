@@ -67,7 +67,7 @@ def build_client(config: Config, host: Host, client: int) -> Client:
 
 def run_round(fed: Federation, rnd: Round, server: Server | None, clients: Mapping[int, Client]) -> Server | None:
     """FedAvg's round, but between gathering and aggregating the hostile replace what they sent."""
-    sent = fed.broadcast(server.adapter if server else None)
+    sent = fed.broadcast(server.host.outgoing(server.adapter) if server else None)
     check = server.host.check(server, rnd) if server else None
     received = fed.gather(rnd, clients, lambda client: client_update(client, sent, rnd), check)
     if server:

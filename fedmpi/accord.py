@@ -144,6 +144,8 @@ def method(recipe: "Recipe") -> None:
             "train.checkpointing computes layers again without the cache, in which peft.method prefix lives: leave it out, or "
             "take another method"
         )
+    if recipe.train.compile and recipe.peft.method == "prefix":
+        raise ConfigError("train.compile makes one code for all layers, peft.method prefix gives each its own cache: leave it out")
 
 
 def quantization(recipe: "Recipe") -> None:

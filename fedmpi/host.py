@@ -89,10 +89,19 @@ class Host:
 
     # ---- a round --------------------------------------------------------------------------------------------------------------
 
+    def outgoing(self, adapter: Tensors) -> Tensors:
+        """What of an adapter clients have to be sent."""
+        return {name: adapter[name] for name in aggregation.told(adapter, self.rules.rule)}
+
+    def whole(self, sent: Tensors) -> Tensors:
+        """The adapter that was sent, with what of it everybody has from the beginning."""
+        missing = self.base.fresh.keys() - aggregation.told(self.base.fresh, self.rules.rule)
+        return {**{name: self.base.fresh[name] for name in missing}, **sent}
+
     @contextmanager
     def turn(self, client: int, sent: Tensors, rnd: Round) -> "Iterator[PreTrainedModel | PeftModel]":
         """A client's turn on the base: the model with the adapter as it was sent, at the client's rank, ready to be trained."""
-        tensors = self._at_rank(client, sent)
+        tensors = self._at_rank(client, self.whole(sent))
         models.load_trainable(self.base.model, tensors)
         with models.only(self.base.model, aggregation.trained(tensors, self.rules.rule, rnd.index)):
             yield self.base.model
@@ -103,7 +112,7 @@ class Host:
 
     def own_check(self, sent: Tensors, rnd: Round) -> "aggregation.Check":
         """The same on a client's rank, for updates that nobody sees once they are added up."""
-        return self._check(self.base.part(sent, "adapter") if self.base.layout else sent, {}, rnd, {})
+        return self._check(self.base.part(sent, "adapter") if self.base.layout else self.whole(sent), {}, rnd, {})
 
     def _check(self, adapter: Tensors, memory: Tensors, rnd: Round, beside: Tensors) -> "aggregation.Check":
         names = aggregation.trained(adapter, self.rules.rule, rnd.index)

@@ -97,7 +97,7 @@ class Program:
     def run(self) -> int:
         """Gives the exit code, the same on every rank."""
         path = self._path()
-        training.check(self.recipe.train)
+        training.check(self.recipe.train, self.recipe.model.quantization)
         training.load_hooks(self.recipe.train.hooks)  # a wrong name fails now, not in every client's turn
         with self._held(path):
             self._tell(path, "running")

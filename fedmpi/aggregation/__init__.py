@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedmpi.aggregation.check import begin as begin
     from fedmpi.aggregation.check import most_move as most_move
     from fedmpi.aggregation.factors import narrowed as narrowed
+    from fedmpi.aggregation.factors import told as told
     from fedmpi.aggregation.factors import trained as trained
     from fedmpi.aggregation.mean import Weighted as Weighted
     from fedmpi.aggregation.mean import exact_mean as exact_mean
@@ -120,7 +121,7 @@ __getattr__ = door(
     {
         **dict.fromkeys(("exact_mean", "grid_scale", "largest", "most_of", "Weighted"), "mean"),
         **dict.fromkeys(("begin", "most_move", "Check", "Wanted"), "check"),
-        **dict.fromkeys(("narrowed", "trained"), "factors"),
+        **dict.fromkeys(("narrowed", "told", "trained"), "factors"),
         "Spool": "spool",
         **dict.fromkeys(("aggregate", "Made", "Start"), "step"),
     },

@@ -50,6 +50,11 @@ def trained(names: Iterable[str], rule: str, round_index: int) -> list[str]:
     return [name for name in names if idle is None or idle not in name]
 
 
+def told(names: Iterable[str], rule: str) -> list[str]:
+    """What a broadcast holds: everything, but for FFA-LoRA's A, which never moves and which everybody has as it began."""
+    return [name for name in names if rule != "ffa" or A not in name]
+
+
 def narrowed(tensors: Tensors, rank: int) -> Tensors:
     """An adapter as a client of this rank holds it."""
     return {name: _first(name, tensor, rank) for name, tensor in tensors.items()}

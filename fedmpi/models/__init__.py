@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fedmpi.models.outline import same_for_all as same_for_all
     from fedmpi.models.outline import stored as stored
     from fedmpi.models.packing import require_packing as require_packing
+    from fedmpi.models.quantized import held_bytes as held_bytes
     from fedmpi.models.quantized import num_weights as num_weights
     from fedmpi.models.targets import find_targets as find_targets
     from fedmpi.models.virtual import rows_in_front as rows_in_front
@@ -157,7 +158,7 @@ __getattr__ = door(
         **dict.fromkeys(("Outline", "same_for_all", "stored"), "outline"),
         "Folds": "folding",
         "find_targets": "targets",
-        "num_weights": "quantized",
+        **dict.fromkeys(("held_bytes", "num_weights"), "quantized"),
         "require_packing": "packing",
         "initialise": "methods",
     },

@@ -3,8 +3,8 @@
 Two operations per multiply-add. It must never know whose turn it is, or time.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -127,13 +127,18 @@ def watch(model: Any) -> Iterator[Watch]:
 
 
 @contextmanager
-def learning(model: torch.nn.Module, trained: frozenset[str]) -> Iterator[None]:
-    """Learn from a forward pass inside what training these parameters takes, unless it is known: then this costs nothing."""
+def learning(
+    model: torch.nn.Module, trained: frozenset[str], plainly: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Iterator[None]:
+    """Learn from a forward pass inside what training these parameters takes, unless it is known: then this costs nothing.
+
+    While it is watched, `plainly` holds: compiled modules cannot be looked into.
+    """
     known = _known.setdefault(model, {})
     if trained in known:
         yield
         return
-    with watch(model) as seen:
+    with watch(model) as seen, plainly():
         yield
     known[trained] = seen.work(model)
 

@@ -1,6 +1,7 @@
 """A frozen base in int8 or nf4 through bitsandbytes, on GPUs and on CPUs. It must never know what is trained on it."""
 
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,26 @@ def loading(config: Config, dtype: torch.dtype, device: str | torch.device) -> d
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     return {"quantization_config": wanted, "device_map": {"": torch.device(device)}}
+
+
+def held_bytes(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], quantization: str) -> int:
+    """What these tensors of a model of shapes take once its frozen linear layers, the head aside, are packed as `loading` asks."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    packed = {
+        id(module.weight)
+        for module in model.modules()
+        if quantization != "none" and isinstance(module, torch.nn.Linear) and module is not head and not module.weight.requires_grad
+    }
+    return sum(_packed(quantization, t) if id(t) in packed else t.numel() * t.element_size() for t in tensors.values())
+
+
+def _packed(quantization: str, weight: torch.Tensor) -> int:
+    """int8: a scale for each row. nf4: one for each block of 64, itself written in 8 bits by blocks of 256, with two tables."""
+    num = weight.numel()
+    if quantization == "int8":
+        return num + 4 * len(weight)
+    blocks = -(-num // 64)
+    return -(-num // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
 
 
 def num_weights(parameter: torch.nn.Parameter) -> int:

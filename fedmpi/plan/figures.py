@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fedmpi import aggregation, data, models, recipe
+from fedmpi.codecs import Chain
 from fedmpi.recipe import Recipe
 from fedmpi.round import cohort_size, fixed_cohort, place
 
@@ -28,7 +29,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Side:
-    """What one side holds, computes, sends and keeps in memory. Bytes are payload: headers and codecs are left out."""
+    """What one side holds, computes, sends and keeps in memory. Bytes are payload: headers are left out."""
 
     side: str
     layers: int
@@ -58,6 +59,8 @@ class Plan:
     up_odd_bytes: int  # in odd rounds: RoLoRA's other factor
     up_bytes_by_rank: Mapping[int, int]  # with peft.client_ranks
     once_bytes: int
+    down_most_bytes: int  # a broadcast under the codec: exact where nothing is packed or chosen, else the most that it can take
+    up_most_bytes: int
     folds: bool  # the rule changes the base: what it folds travels down beside the adapter, as much as the updates' ranks make it
     clients: int | None
     cohort: int | None
@@ -68,7 +71,7 @@ class Plan:
     @property
     def round_s(self) -> float | None:
         """A client's transfers of a round, down and up."""
-        return None if self.link_mbps is None else 8 * (self.down_bytes + self.up_bytes) / (self.link_mbps * 1e6)
+        return None if self.link_mbps is None else 8 * (self.down_most_bytes + self.up_most_bytes) / (self.link_mbps * 1e6)
 
     @property
     def once_s(self) -> float | None:
@@ -81,7 +84,8 @@ def build(wanted: Recipe, own: Any, ranks: int | None = None) -> Plan:
     original = models.load_shapes(wanted.model, wanted.device)
     whole, dtype = _count(original.parameters()), str(original.dtype).removeprefix("torch.")  # before an adapter is in it
     outline, num_clients = _outline(wanted, own, original), _num_clients(wanted)
-    down, (up, odd) = message(outline.down), (message(_moving(wanted, outline.up, turn)) for turn in (0, 1))
+    told, moving = _told(wanted, outline.down), _moving(wanted, outline.up, 0)
+    down, (up, odd) = message(told), (message(_moving(wanted, outline.up, turn)) for turn in (0, 1))
     return Plan(
         model=models.public_name(wanted.model),
         method=wanted.peft.method,
@@ -95,6 +99,8 @@ def build(wanted: Recipe, own: Any, ranks: int | None = None) -> Plan:
         up_odd_bytes=size_of(odd),
         up_bytes_by_rank={rank: size_of(message(aggregation.narrowed(dict(outline.up), rank))) for rank in _ranks(wanted)},
         once_bytes=sum(tensor.numel() * tensor.element_size() for tensor in outline.once.values()),
+        down_most_bytes=_coded(wanted.chain("down"), told),
+        up_most_bytes=_coded(wanted.chain("up"), moving),
         folds=wanted.aggregation.rule in aggregation.FOLDING,
         clients=num_clients,
         cohort=num_clients and _cohort(wanted, num_clients),
@@ -139,6 +145,20 @@ def _moving(wanted: Recipe, tensors: "Mapping[str, torch.Tensor]", turn: int) ->
     return {name: tensors[name] for name in aggregation.trained(tensors, wanted.aggregation.rule, turn)}
 
 
+def _told(wanted: Recipe, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    """What the server has to tell, by the aggregation's rule."""
+    return {name: tensors[name] for name in aggregation.told(tensors, wanted.aggregation.rule)}
+
+
+def _coded(chain: Chain, tensors: "Mapping[str, torch.Tensor]") -> int:
+    """The most that these tensors take on their way."""
+    from fedmpi.federation.coding import most_bytes
+    from fedmpi.manifest import manifest_of
+
+    travelling = {name: tensor.float() for name, tensor in tensors.items()}
+    return size_of(message(tensors)) if chain.raw else most_bytes(chain, manifest_of(travelling))
+
+
 def _ranks(wanted: Recipe) -> list[int]:
     return sorted(set(map(int, wanted.peft.client_ranks)))
 
@@ -155,7 +175,9 @@ def size_of(message: Sequence[Sent]) -> int:
 
 def server_side(wanted: Recipe, model: Any, whole: int) -> Side:
     """It evaluates, and holds the adapter, its exact sum in float64 and an update."""
-    return _side("server", model, whole, lambda held, trained: held + (SENT_BYTES + 8 + SENT_BYTES) * trained)
+    return _side(
+        "server", model, whole, wanted.model.quantization, lambda held, trained: held + (SENT_BYTES + 8 + SENT_BYTES) * trained
+    )
 
 
 def client_side(wanted: Recipe, model: Any, whole: int) -> Side:
@@ -166,17 +188,23 @@ def client_side(wanted: Recipe, model: Any, whole: int) -> Side:
     with models.only(model, _moving(wanted, models.trained(model), 0)):
         step = costs.step_of(model, wanted.train.batch_size, length)
     copies = 1 + STATES[wanted.train.optimizer] + 2
-    side = _side("client", model, whole, lambda held, trained: held + SENT_BYTES * copies * trained + step.kept_bytes)
+    side = _side(
+        "client",
+        model,
+        whole,
+        wanted.model.quantization,
+        lambda held, trained: held + SENT_BYTES * copies * trained + step.kept_bytes,
+    )
     paper = costs.paper_count(costs.layers_of(model)) if wanted.peft.method == "lora" else None
     return replace(side, paper_macs_per_token=paper, flops_per_token=step.work.of([length]) // length)
 
 
-def _side(name: str, model: Any, whole: int, peak: Callable[[int, int], int]) -> Side:
+def _side(name: str, model: Any, whole: int, quantization: str, peak: Callable[[int, int], int]) -> Side:
     from fedmpi.models import costs
 
     layers, trained = costs.layers_of(model), _count(models.trained(model).values())
     tensors = models.stored(model)
-    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    held = models.held_bytes(model, tensors, quantization)
     added = _count(tensor for name, tensor in tensors.items() if "lora_" in name or "prompt_encoder." in name)
     return Side(
         side=name,

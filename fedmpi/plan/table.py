@@ -59,6 +59,8 @@ def _lines(plan: Plan) -> list[str]:
     lines = [
         f"a client's round: {_bytes(plan.down_bytes + plan.up_bytes)}, down {plan.down_bytes:,} and up {plan.up_bytes:,} bytes"
     ]
+    if (plan.down_most_bytes, plan.up_most_bytes) != (plan.down_bytes, plan.up_bytes):
+        lines.append(f"  coded, at most {plan.down_most_bytes:,} bytes down and {plan.up_most_bytes:,} up")
     if plan.up_odd_bytes != plan.up_bytes:
         lines.append(f"  in odd rounds up {plan.up_odd_bytes:,} bytes")
     lines += [f"  up from a client of rank {rank}: {num:,} bytes" for rank, num in plan.up_bytes_by_rank.items()]

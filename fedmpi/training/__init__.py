@@ -61,6 +61,7 @@ class Config:
         precision: fp32; bf16 or fp16 for autocast, fp16 with a scaled loss: trained weights stay in fp32; half: everything in
             the base's type, float16 or bfloat16, optimiser state too, the loss unscaled.
         checkpointing: keep a layer's input alone and compute the layer again in the backward pass: less memory, more time.
+        compile: run the layers as code that torch.compile makes of them, in the first steps; worth it on GPUs and in long runs.
         engine: plain, or among the ranks of a clustered client ddp (a whole model on each), fsdp or deepspeed (in parts).
         zero_stage: what deepspeed shares out among a client's ranks: 1 optimiser state, 2 gradients too (default), 3 weights too.
         zero_offload: keep the optimiser's state, and its work, on the CPU (deepspeed).
@@ -85,6 +86,7 @@ class Config:
     accumulation: int = 1
     precision: Precision = "fp32"
     checkpointing: bool = False
+    compile: bool = False
     engine: EngineName = "plain"
     zero_stage: Literal[1, 2, 3] | None = None
     zero_offload: bool = False
@@ -112,6 +114,9 @@ class Config:
         if "paged" in self.optimizer or "8bit" in self.optimizer:
             _expect(self, "optimizer_state", "fresh".__eq__, f"fresh with train.optimizer {self.optimizer}")
             _expect(self, "engine", ("plain", "ddp").__contains__, f"plain or ddp with train.optimizer {self.optimizer}")
+        if self.compile:
+            _expect(self, "engine", ("plain", "ddp").__contains__, "plain or ddp with train.compile true")
+            _expect(self, "checkpointing", False.__eq__, "false with train.compile true")
         if self.engine != "deepspeed":
             for key in ("zero_stage", "zero_offload", "deepspeed"):
                 _expect(self, key, lambda value: not value, f"nothing with train.engine {self.engine}: it belongs to deepspeed")

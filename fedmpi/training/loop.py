@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedmpi.models import costs
 from fedmpi.models.logits import supervised_logits
 from fedmpi.seeding import seed_everything, seed_for
 from fedmpi.training import Config, engines, memory, optim
+from fedmpi.training.compiling import as_written, compiled
 from fedmpi.training.engine import Engine
 from fedmpi.training.hooks import Hook, Step, load_hooks
 from fedmpi.training.precision import autocast, prepared
@@ -110,7 +112,7 @@ def fit(
     without it the optimiser starts fresh. Raises NonFinite, naming step and samples, before a bad weight can be sent.
     """
     started = time.perf_counter()
-    with prepared(model, config):
+    with prepared(model, config), compiled(model, config):
         turn = _begin(model, examples, config, hooks, state, loss)
         seed_everything(seed_for(seed, "dropout", *([turn.engine.rank] if turn.engine.rank else [])))
         draws = batches(examples, config.batch_size * turn.engine.size, seed_for(seed, "batches"), pad_id)

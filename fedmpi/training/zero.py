@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmpi.errors import ConfigError
-from fedmpi.training import Config
+from fedmpi.training import Config, compiling
 
 # Whole sections that would say a second time what the recipe says.
 _RECIPES = {
@@ -59,8 +59,10 @@ def settings(config: Config, num_ranks: int) -> dict[str, Any]:
     }
 
 
-def check(config: Config) -> None:
-    """Refuse at once what would fail in every turn."""
+def check(config: Config, quantization: str = "none") -> None:
+    """Refuse at once what would fail in every turn, on a base in these numbers."""
+    if config.compile:
+        compiling.check()
     if config.engine != "deepspeed":
         return
     if importlib.util.find_spec("deepspeed") is None:
@@ -68,7 +70,12 @@ def check(config: Config) -> None:
     if config.deepspeed:
         given = _read(config.deepspeed).get("train_batch_size", "auto")
         per_rank = config.batch_size * config.accumulation
-        settings(config, num_ranks=given // per_rank if isinstance(given, int) and given % per_rank == 0 else 1)
+        merged = settings(config, num_ranks=given // per_rank if isinstance(given, int) and given % per_rank == 0 else 1)
+        if quantization != "none" and merged["zero_optimization"]["stage"] == 3:
+            raise ConfigError(
+                f"train.deepspeed {config.deepspeed}: zero_optimization.stage 3 shares out the base, which cannot be with "
+                f"model.quantization {quantization}: give stage 1 or 2"
+            )
     _load()
 
 

@@ -167,6 +167,15 @@ def test_a_file_that_contradicts_the_recipe_names_the_key(content, settings, wor
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_a_file_that_would_share_out_a_quantised_base_is_refused(tmp_path: Path) -> None:
+    wanted = config(tmp_path / "file.json", {"zero_optimization": {"stage": 3}})
+    check(wanted)
+    with pytest.raises(
+        ConfigError, match=r"zero_optimization.stage 3 shares out the base.*model.quantization nf4: give stage 1 or 2"
+    ):
+        check(wanted, "nf4")
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -5,15 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from fedmpi import aggregation
 from fedmpi import recipe as recipes
 from fedmpi.data import federate, tokenize
-from fedmpi.models import costs, load_shapes, load_tokenizer, same_for_all
+from fedmpi.models import costs, load_shapes, load_tokenizer, only, same_for_all, trained
 from fedmpi.plan import figures
 from tests.lockstep.ranks import recipe, run
 
 METHODS = {
     "lora": ["--peft.rank=4"],
     "prompt": ["--peft.method=prompt", "--peft.num_virtual_tokens=4"],
+    "ffa": ["--aggregation.rule=ffa"],  # A goes neither up nor down
+    "int8": ["--codec=int8"],
     "scaffold": ["--algorithm=scaffold", "--train.optimizer=sgd", "--train.lr=0.1"],
 }
 
@@ -30,11 +33,12 @@ def test_the_plan_of_a_run_is_its_ledger(name: str, model_folder: Path, tmp_path
     rows = [row for client in parties.clients for row in client.train]
     lengths = [len(example.input_ids) for example in tokenize(rows, load_tokenizer(wanted.model), wanted.data)[0]]
     shapes = same_for_all(load_shapes(wanted.model), wanted.peft).client
-    flops = costs.step_of(shapes, 1, 8).work.of(lengths)
+    with only(shapes, aggregation.trained(trained(shapes), wanted.aggregation.rule, 0)):
+        flops = costs.step_of(shapes, 1, 8).work.of(lengths)
     for line in (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()):
         if "event" not in line:
-            assert line["up_bytes"] == 3 * plan.up_bytes
-            assert line["down_bytes"] == 2 * plan.down_bytes  # a copy for each rank that hosts clients
+            assert line["up_bytes"] == 3 * plan.up_most_bytes
+            assert line["down_bytes"] == 2 * plan.down_most_bytes  # a copy for each rank that hosts clients
             assert (line["tokens"], line["flops"]) == (sum(lengths), flops)
 
 

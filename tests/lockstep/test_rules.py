@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from fedmpi import data, export, models
+from fedmpi.base import Base
+from fedmpi.host import Host
 from tests.lockstep.ranks import STOPS, adapter, recipe, run
 
 FAST = ("rolora", "flexlora", "unequal ranks, fedex", "flora", "krum", "adam")  # the others in the long tier
@@ -54,3 +57,17 @@ def test_every_placement_and_a_stop_give_the_same_bytes(settings: list[str], tmp
     else:
         assert max(errors) > 1e-6
     assert one[-1]["eval_loss"] < json.loads((tmp_path / "1" / "summary.json").read_text())["base"]["eval_loss"]
+
+
+@pytest.mark.parametrize("rule", ["fedex", pytest.param("flora", marks=pytest.mark.slow)])
+def test_the_merged_model_says_what_the_run_measured(settings: list[str], tmp_path: Path, rule: str) -> None:
+    """What rounds folded into the base and the adapter after them: both are in the exported weights."""
+    wanted = recipe(*settings, f"--aggregation.rule={rule}", "--rounds=2", "--train.lr=0.05", "--eval.task=none")
+    assert run(wanted, tmp_path / "run") == [0]
+    assert export.main([str(tmp_path / "run"), "--merge"]) == 0
+    parties = data.federate(wanted.data, wanted.clients, wanted.seed)
+    measured = [line["eval_loss"] for line in lines_of(tmp_path / "run")][-1]
+    for folder, close in ((tmp_path / "run" / "merged", True), (Path(wanted.model.path), False)):
+        base = Base(models.Config(path=str(folder)), wanted.peft, "cpu", 0)
+        loss = Host(base, parties, wanted.data, wanted.train, wanted.eval).score(None)["eval_loss"]
+        assert (abs(loss - measured) < 1e-4) == close

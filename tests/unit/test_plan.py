@@ -104,11 +104,22 @@ def test_rules_and_ranks_change_what_goes_up(small):
     for rule, even, odd in (("ffa", "B", "B"), ("rolora", "B", "A"), ("fedex", "AB", "AB")):
         found = figures.build(*read(f"--model.path={small}", f"--aggregation.rule={rule}"))
         assert (found.up_bytes, found.up_odd_bytes) == (sum(size[f] for f in even), sum(size[f] for f in odd))
-        assert found.down_bytes == size["A"] + size["B"] and found.folds == (rule == "fedex")
+        assert found.down_bytes == size["B"] + (size["A"] if rule != "ffa" else 0) and found.folds == (rule == "fedex")
     ffa, mean = (figures.build(*read(f"--model.path={small}", f"--aggregation.rule={rule}")) for rule in ("ffa", "mean"))
     assert ffa.sides[1].flops_per_token < mean.sides[1].flops_per_token
     found = figures.build(*read(f"--model.path={small}", "--peft.client_ranks=2,8", "--aggregation.rule=flora"))
     assert found.up_bytes_by_rank == {2: found.up_bytes // 4, 8: found.up_bytes}
+
+
+def test_a_codec_says_at_most_and_a_quantised_base_is_held_in_fewer_bytes(small):
+    raw, coded, packed = (
+        figures.build(*read(f"--model.path={small}", *more)) for more in ((), ("--codec=int8",), ("--codec=zstd",))
+    )
+    assert (raw.down_most_bytes, raw.up_most_bytes) == (raw.down_bytes, raw.up_bytes)
+    assert raw.up_bytes / 4 < coded.up_most_bytes < raw.up_bytes / 3.5 and coded.down_most_bytes == coded.up_most_bytes
+    assert packed.up_most_bytes >= packed.up_bytes == raw.up_bytes
+    held = [figures.build(*read(f"--model.path={small}", f"--model.quantization={q}")).sides[1].held_bytes for q in ("int8", "nf4")]
+    assert max(held) < raw.sides[1].held_bytes  # of matrices as small as these, tables take most in nf4
 
 
 def test_scaffolds_control_variates_travel_too(small):

@@ -24,6 +24,11 @@ def test_a_quantised_base_is_small_stays_as_it_is_and_its_adapter_learns(quantiz
     base = models.load_model(models.Config(quantization=quantization))
     assert base.get_memory_footprint() < share * whole.get_memory_footprint()
     assert costs.forward_per_token(base) == costs.forward_per_token(whole)
+    states = [p.quant_state.as_dict(packed=False) for p in base.parameters() if hasattr(p, "quant_state")]
+    beside = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
+    beside += [p.SCB for p in base.parameters() if getattr(p, "SCB", None) is not None]
+    shapes, held = models.load_shapes(models.Config()), sum(t.nbytes for t in (*base.parameters(), *beside))
+    assert models.held_bytes(shapes, models.stored(shapes), quantization) == pytest.approx(held, rel=1e-3)
     model = models.add_adapter(base, models.PeftConfig(), 0)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     places = {name: p.data_ptr() for name, p in model.named_parameters()}
