@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fedmpi import aggregation, data, models, recipe
-from fedmpi.codecs import Chain
+from fedmpi.codecs import Chains
 from fedmpi.recipe import Recipe
 from fedmpi.round import cohort_size, fixed_cohort, place
 
@@ -150,13 +150,16 @@ def _told(wanted: Recipe, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, t
     return {name: tensors[name] for name in aggregation.told(tensors, wanted.aggregation.rule)}
 
 
-def _coded(chain: Chain, tensors: "Mapping[str, torch.Tensor]") -> int:
+def _coded(chains: Chains, tensors: "Mapping[str, torch.Tensor]") -> int:
     """The most that these tensors take on their way."""
-    from fedmpi.federation.coding import most_bytes
+    from fedmpi.federation.coding import CHUNK_BYTES, Code
     from fedmpi.manifest import manifest_of
+    from fedmpi.messages import chunks
 
-    travelling = {name: tensor.float() for name, tensor in tensors.items()}
-    return size_of(message(tensors)) if chain.raw else most_bytes(chain, manifest_of(travelling))
+    if chains.raw:
+        return size_of(message(tensors))
+    code = Code(chains, manifest_of({name: tensor.float() for name, tensor in tensors.items()}))
+    return sum(code.most_bytes(place) for place in chunks(code.manifest.num_bytes, CHUNK_BYTES))
 
 
 def _ranks(wanted: Recipe) -> list[int]:
