@@ -260,7 +260,7 @@ def _pass(turn: _Turn, model: torch.nn.Module, batches: Sequence[Batch], supervi
     loss = torch.zeros((), device=turn.device)
     for number, batch in enumerate(batches, start=1):
         with nullcontext() if number == len(batches) else turn.engine.quiet():
-            with costs.learning(model, turn.moving):
+            with costs.learning(model, turn.moving, partial(as_written, turn.config)):
                 part = _loss(turn, batch)
             # Engines divide the sum of gradients by the number of ranks; the division that counts is by supervised tokens.
             turn.engine.backward(part * (turn.engine.size / supervised))
