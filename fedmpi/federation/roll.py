@@ -107,6 +107,7 @@ class Roll:
             self._open_door()
         for client in [client for client in self.owed if self.placement.leader_of[client] in self.gone]:
             del self.owed[client]
+            self._late.pop(client, None)
         while (behind := self.behind) and self.post.transport.holds(behind):
             message = self.receive(behind, "taking late answers")
             if message is not None:
