@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from fedmpi import aggregation
+from fedmpi import aggregation, codecs
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import Federation
 from fedmpi.federation.post import Post
@@ -63,13 +63,16 @@ def weight_of(client: int) -> int:
     return EXAMPLES + client
 
 
-def federation(transport: Transport | None, clients: int, rounds: int, exchange: str = "star") -> Federation:
+def federation(
+    transport: Transport | None, clients: int, rounds: int, exchange: str = "star", codec: str = codecs.RAW
+) -> Federation:
     """One rank's view, greeted and welcomed, as a session does it."""
+    chains = codecs.chains(codec)
     rank, size = (SERVER, 1) if transport is None else (transport.rank, transport.size)
     placement, post = place(clients, size), None if transport is None else Post(transport)
     own = {client: weight_of(client) for client in placement.hosted_by(rank)}
     terms = None if exchange == "star" else Terms("examples", own, lambda sent, rnd: partial(looked_at, sent))
-    fed = Federation(placement, rank, post, terms=terms, collective=exchange == "collective")
+    fed = Federation(placement, rank, post, up=chains, down=chains, terms=terms, collective=exchange == "collective")
     fed.greet("benchmark", own)
     if rank == SERVER:
         fed.conductor = Conductor([weight_of(client) for client in range(clients)], rounds, 0, clients)
@@ -87,10 +90,12 @@ def update(client: Client) -> Update:
     return Update(client.id, client.tensors, {"examples": 1.0})
 
 
-def run_round(fed: Federation, rnd: Round, held: Tensors | None, clients: Mapping[int, Client]) -> Tensors | None:
+def run_round(
+    fed: Federation, rnd: Round, held: Tensors | None, clients: Mapping[int, Client], work: Callable[[Client], Update] = update
+) -> Tensors | None:
     """Broadcast, gather, checks, exact mean, and what the server's bookkeeping does with the result; nobody trains."""
     fed.broadcast(held)
-    received = fed.gather(rnd, clients, update, None if held is None else check(held))
+    received = fed.gather(rnd, clients, work, None if held is None else check(held))
     if held is None or fed.conductor is None:
         return None
     start = aggregation.Start(held, {}, rnd.scale, aggregation.Config(record_error=False))
