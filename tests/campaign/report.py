@@ -19,7 +19,9 @@ def totals(done: Results) -> dict[str, Any]:
     hangs = sum(text.startswith("hang") for text in wrong)
     return {
         "faults": sum(made.values()),
-        "by_launcher": {name: sum(n for (launcher, _), n in made.items() if launcher == name) for name in {key[0] for key in made}},
+        "by_launcher": {
+            name: sum(n for (launcher, _), n in made.items() if launcher == name) for name in sorted({key[0] for key in made})
+        },
         "signals_or_sockets_in_real_jobs": sum(n for (name, kind), n in made.items() if name in REAL and kind in SIGNALS),
         "runs": len(done),
         "starts": sum(len(line["codes"]) for line in done),

@@ -23,14 +23,14 @@ def campaign(out: Path, *arguments: str, code: int) -> list[str]:
 
 @pytest.mark.timeout(1600)
 def test_sixty_faults_leave_no_hang_and_no_wrong_result(tmp_path: Path) -> None:
-    short = ("--rounds", "6", "--deadline_s", "2", "--launchers", "in_process=7,torchrun=1")
+    short = ("--rounds", "5", "--deadline_s", "2", "--launchers", "in_process=7,torchrun=1")
     said = campaign(tmp_path, "--faults", "60", "--seed", "3", *short, code=0)
     runs = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
     assert sum(len(run["made"]) for run in runs) >= 55  # the rest was overtaken: a run may end before a fault comes to its turn
     assert not any(run["wrong"] for run in runs) and {run["launcher"] for run in runs} == {"in_process", "torchrun"}
     assert "hangs: 0" in said and "wrong: 0" in said
     again = campaign(tmp_path, "--faults", "60", "--seed", "3", *short, code=0)  # a campaign that is done is not done again
-    assert again[-len(said) :] == said[len(runs) :]
+    assert again == [line for line in said if not line.startswith('{"run"')]
 
 
 @pytest.mark.slow
