@@ -66,8 +66,8 @@ def test_folder_is_loaded_frozen_and_equal(folder):
 
 def test_dtype_as_asked(folder):
     assert load_model(Config(str(folder), dtype="bfloat16")).dtype == torch.bfloat16
-    assert backbone._dtype(Config(), "cuda") == torch.bfloat16
-    assert backbone._dtype(Config(dtype="float32"), "cuda:1") == torch.float32
+    assert backbone.dtype_of(Config(), "cuda") == torch.bfloat16
+    assert backbone.dtype_of(Config(dtype="float32"), "cuda:1") == torch.float32
 
 
 def test_public_name_is_never_a_path(folder, monkeypatch):
