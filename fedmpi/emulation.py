@@ -172,7 +172,8 @@ def _aligned(
     """Steps of alignment before the first round, merged: what clients get are no longer layers of the original."""
     seed, layout = seed_for(wanted.seed, "prealign"), emulator.layout
     emulator, done = offsite.prealign(emulator, goal, config, wanted.train, wanted.peft, seed=seed, hooks=[Heedful(halt)])
-    print(f"fedmpi: emulator of {len(layout.emulator)} layers for {len(layout.inner)}, aligned: {done.figures}", flush=True)
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in done.figures.items())
+    print(f"fedmpi: emulator of {len(layout.emulator)} layers for {len(layout.inner)}, aligned: {figures}", flush=True)
     return emulator
 
 

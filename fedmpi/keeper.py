@@ -176,7 +176,7 @@ class Keeper:
         if left_s < needed_s:
             self.stop.time_is_up = True
             said = f"{max(0.0, left_s):.0f} s are left of the job's time, a round and its checkpoint took up to {needed_s:.0f} s"
-            print(f"fedmpi: {said}: round {following} is not begun", flush=True)
+            print(f"fedmpi: {said}: round {following + 1} is not begun", flush=True)
         if self.stop.time_is_up or self.stop.wanted():
             conductor.end = End.SIGNAL
 

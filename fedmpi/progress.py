@@ -65,7 +65,7 @@ def describe(line: Mapping[str, Any]) -> str:
     parts += [f"held-out {line['eval_loss']:.3f}"] if line.get("eval_loss") is not None else []
     parts += [f"up {size(line['up_bytes'])} down {size(line['down_bytes'])}"]
     missing = len(line["cohort"]) - len(line["counted"])
-    return "  ".join(parts) + (f"  {missing} of {len(line['cohort'])} failed" if missing else "")
+    return "  ".join(parts) + (f"  {missing} of {len(line['cohort'])} missing" if missing else "")
 
 
 def size(num_bytes: float) -> str:

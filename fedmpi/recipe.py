@@ -158,10 +158,13 @@ class Recipe:
         return codecs.chains(getattr(self, key), key)
 
     def beside(self, name: str) -> "Recipe":
-        """One of `compare` as a recipe of its own. Only its end stands in a table."""
+        """One of `compare` as a recipe of its own."""
         offsite = self.offsite if scheme_of(name) else OffsiteConfig()
-        eval_every = self.eval_every if self.early_stop else 0
-        return replace(self, algorithm=name, scenario="fed", compare=(), offsite=offsite, eval_every=eval_every)
+        return replace(self.unscored(), algorithm=name, scenario="fed", compare=(), offsite=offsite)
+
+    def unscored(self) -> "Recipe":
+        """The same where only the end counts: rounds are scored where that may stop them, and else not."""
+        return self if self.early_stop else replace(self, eval_every=0, eval=replace(self.eval, overlap=False))
 
     def settings(self) -> dict[str, Any]:
         """All settings as plain values."""

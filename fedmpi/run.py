@@ -234,9 +234,6 @@ class Program:
         return asked == "continue" or (asked == "auto" and self.world.outlives and not accord.needs_all_ranks(self.recipe))
 
     def _fed(self, host: "Host", path: Path, title: str = "fed") -> "tuple[End, Any]":
-        if self.world.rank == 0 and self.post is not None:
-            then = "the run goes on without it" if self._goes_on() else "the job ends"
-            print(f"fedmpi: where a rank is lost, {then} (on_rank_lost {self.recipe.on_rank_lost})", flush=True)
         session = self._session(self.recipe, host, path, "fed", self.post, title)
         if self.recipe.codec == AUTO:
             session = self._coded(session, path)
@@ -268,11 +265,9 @@ class Program:
         """Federations of one, side by side on the ranks: every client alone, or one client that has all the data."""
         from fedmpi.solo import Solo, run_solos
 
-        wanted = replace(self.recipe, clients_per_round=None, sampling="all", min_clients=1)
+        wanted = replace(self.recipe.unscored(), clients_per_round=None, sampling="all", min_clients=1)
         none = {"codec_up": None, "codec_down": None, "codec_chosen": None, "codec_budget": Recipe.codec_budget}
         wanted = replace(wanted, codec=RAW, **none)  # type: ignore[arg-type]  # nothing is exchanged
-        if not wanted.early_stop:
-            wanted = replace(wanted, eval_every=0)  # only the end of a solo run stands in the table
         if name == "global":
             jobs = {0: self._session(wanted, host.pooled(), path, "global", None)}
         else:

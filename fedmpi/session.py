@@ -69,6 +69,9 @@ class Session:
             terms=None if way.exchange == "star" else Terms(recipe.weights, num_examples, self.host.own_check),
             goes_on=self.goes_on and way.exchange == "star", patience_s=recipe.timeout_s,
         )  # fmt: skip
+        if recipe.scenario == "fed" and rank == SERVER and self.post is not None:
+            then = "the run goes on without it" if fed.goes_on else "the job ends"
+            print(f"fedmpi: where a rank is lost, {then} (on_rank_lost {recipe.on_rank_lost})", flush=True)
         # ranks that read other rows are as foreign as ranks with other settings
         experiment = f"{self.experiment} by {way.exchange} on data {config.digest(self.host.parties.record)}"
         sizes = fed.greet(experiment, num_examples, {c: self.host.about(c) for c in hosted})
@@ -86,7 +89,7 @@ class Session:
                 self.algorithm.run_round(fed, rnd, None, parties)
             fed.farewell()
         except (PeerLost, PeerSilent) as lost:
-            if post is None or not self.goes_on or not post.transport.can_return:
+            if post is None or not fed.goes_on or not post.transport.can_return:
                 raise
             rank = post.transport.rank
             print(f"fedmpi: rank {rank}: {lost}; it asks to be let in again", file=sys.stderr, flush=True)

@@ -1,7 +1,8 @@
 """The bench: clients that failed several times in a row sit out some rounds.
 
 Who sits where is a pure function of the record (who counted and who failed, round by round), so that a resumed run benches whom an
-undisturbed one does. A client that was late, or whose rank was gone, has not failed.
+undisturbed one does. Only rounds that counted are looked at: an attempt that did not may be made again after a stop. A client that
+was late, or whose rank was gone, has not failed.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -21,7 +22,7 @@ class Bench:
     _until: dict[int, int] = field(default_factory=dict)
 
     def note(self, round_index: int, counted: Collection[int], failures: Mapping[int, str]) -> None:
-        """What one attempt of a round came to."""
+        """What a round that counted came to."""
         for client in counted:
             self._strikes.pop(client, None)
         for client, why in failures.items():
@@ -35,9 +36,9 @@ class Bench:
     def replay(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """The same from the lines of metrics.jsonl."""
         for line in lines:
-            if "failures" in line:
+            if "counted" in line:
                 failures = {int(client): str(why) for client, why in line["failures"].items()}
-                self.note(line["round"], line.get("counted", ()), failures)
+                self.note(line["round"], line["counted"], failures)
 
     def sitting(self, round_index: int) -> tuple[int, ...]:
         """Who sits out this round."""

@@ -86,8 +86,8 @@ class Conductor:
 
     def judge(self, rnd: Round, counted: Sequence[int], failures: Mapping[int, str]) -> None:
         """The verdict on a round whose updates are all in; too few of them are a QuorumLost."""
-        self.bench.note(rnd.index, counted, failures)
         if len(counted) >= self.min_clients:
+            self.bench.note(rnd.index, counted, failures)
             self._verdict, self._counted = Verdict.COUNTED, tuple(sorted(counted))
             return
         self._verdict, self._counted = Verdict.REPEAT, ()

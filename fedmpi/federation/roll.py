@@ -105,6 +105,16 @@ class Roll:
         self.look()
         if self.gone and self.goes_on:
             self._open_door()
+        self._take_late()
+        found = {client: self.why_not(client) for client in range(len(self.placement.leader_of))}
+        absent = {client: failure for client, failure in found.items() if failure is not None}
+        return absent | {
+            c: Failure(c, "Late", f"an earlier round is still unanswered ({failure})") for c, failure in self.owed.items()
+        }
+
+    def _take_late(self) -> None:
+        """The late answers that are here; who is gone owes none any more."""
+        self.look()
         for client in [client for client in self.owed if self.placement.leader_of[client] in self.gone]:
             del self.owed[client]
             self._late.pop(client, None)
@@ -112,11 +122,6 @@ class Roll:
             message = self.receive(behind, "taking late answers")
             if message is not None:
                 self.drop(message)
-        found = {client: self.why_not(client) for client in range(len(self.placement.leader_of))}
-        absent = {client: failure for client, failure in found.items() if failure is not None}
-        return absent | {
-            c: Failure(c, "Late", f"an earlier round is still unanswered ({failure})") for c, failure in self.owed.items()
-        }
 
     @property
     def leaders(self) -> list[int]:
@@ -133,11 +138,16 @@ class Roll:
         return absent
 
     def close(self) -> None:
-        """After the last round: wait for late answers as long as for anything, then let go of who gave none."""
+        """After the last round: wait for late answers as long as for anything, then let go of who gave none.
+
+        Nobody comes back any more: the last header is out, and whoever came now would wait for one for ever.
+        """
         deadline = monotonic() + self.post.transport.timeout_s
-        while self.absent() and self.behind and monotonic() < deadline:
+        self._take_late()
+        while self.behind and monotonic() < deadline:
             with self.post.apart():
                 sleep(LOOK_S)
+            self._take_late()
         for rank in sorted(self.behind):
             clients = [client for client in self.owed if self.placement.leader_of[client] == rank]
             self.post.transport.drop(

@@ -12,6 +12,7 @@ The default process group is left alone: it belongs to the clients. This module 
 import os
 import re
 import socket
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
@@ -29,6 +30,7 @@ from fedmpi.world import World
 FOREVER = timedelta(days=365)
 POLL_S = 0.01
 DATA, POISON = 0, 1  # tags; nothing is ever sent with the second
+warnings.filterwarnings("ignore", message="The given buffer is not writable")  # what is sent is read alone, and may be bytes
 _CPP_PLACE = re.compile(r"\[\S*:\d+\] ")
 
 

@@ -1,5 +1,6 @@
 """Slurm for real: a cluster of virtual nodes, srun with and without PMIx, and a job that is signalled and requeued."""
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -33,7 +34,7 @@ def test_srun_gives_the_same_bytes(slurm: Cluster, tmp_path: Path, expected: str
     if not slurm.separate_hosts:
         pytest.skip("nodes without host names of their own: needs root and network namespaces")
     output = srun(slurm, tmp_path / "run")
-    assert "4 ranks from srun, transport torch, store node1:" in output
+    assert re.search(r"4 ranks from srun, transport torch, store node\d:", output)  # on the first node that was free
     assert adapter_of(tmp_path / "run") == expected
 
 

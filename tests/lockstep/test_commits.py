@@ -113,7 +113,7 @@ def test_a_round_that_would_be_cut_off_is_not_begun(
     assert [line["round"] for line in read_metrics(tmp_path / "run")] == [-1, 0, 1]
     assert json.loads((tmp_path / "run" / "state.json").read_text()) == {"state": "preempted", "signal": None, "time_is_up": True}
     said = [line for line in capsys.readouterr().out.splitlines() if "is not begun" in line]
-    assert len(said) == 1 and "0 s are left" in said[0] and "round 2" in said[0]
+    assert len(said) == 1 and "0 s are left" in said[0] and "round 3" in said[0]
     monkeypatch.setattr(Stop, "left_s", lambda stop: 1000.0)
     assert run(wanted, tmp_path / "run", 2) == [0, 0]
     assert run(wanted, tmp_path / "whole") == [0]

@@ -146,7 +146,13 @@ def test_what_a_run_with_faults_cannot_be(arguments: list[str], words: str) -> N
 
 
 def test_what_is_compared_is_a_recipe_of_its_own() -> None:
-    arguments = ["--scenario=all", "--compare=fedbiot, fedprox", "--offsite.drop_rate=0.5", "--train.steps=7"]
+    arguments = [
+        "--scenario=all",
+        "--compare=fedbiot, fedprox",
+        "--offsite.drop_rate=0.5",
+        "--train.steps=7",
+        "--eval.overlap=true",
+    ]
     wanted, _ = recipe.read(arguments, "test", "")
     assert wanted.compare == ("fedbiot", "fedprox") == recipe.read(["--compare=[fedbiot, fedprox]"], "test", "")[0].compare
     alone = [
