@@ -22,10 +22,11 @@ from typing import Any
 import numpy
 import yaml
 
-from fedmpi import config, data, recipe, run
+from fedmpi import config, data, run
 from fedmpi.data import toy
 from fedmpi.data.corpora import Row
 from fedmpi.errors import ConfigError
+from fedmpi.settings import recipe
 
 README = Path(__file__).parent / "README.md"
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"

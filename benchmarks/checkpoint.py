@@ -17,9 +17,9 @@ from pathlib import Path
 import ranks
 
 from fedmpi import aggregation
-from fedmpi.commits import Commits
 from fedmpi.federation.updates import Update
-from fedmpi.folder import RunFolder, read_metrics
+from fedmpi.record.commits import Commits
+from fedmpi.record.folder import RunFolder, read_metrics
 
 WARM_UP = 2
 

@@ -18,7 +18,7 @@ import ranks
 import torch
 
 from fedmpi import transports
-from fedmpi.folder import RunFolder
+from fedmpi.record.folder import RunFolder
 from fedmpi.round import SERVER
 from fedmpi.tensors import Tensors
 from fedmpi.transports.base import Transport

@@ -71,8 +71,8 @@ def simulate(clients: int, keep: bool, per_round: int, rounds: int) -> None:
     import simulate as simulation  # transformers takes seconds to import: not for the other cases
 
     from fedmpi.algorithms import fedavg
-    from fedmpi.recipe import Recipe
-    from fedmpi.session import Session
+    from fedmpi.sessions.session import Session
+    from fedmpi.settings.recipe import Recipe
     from fedmpi.stop import Stop
 
     state = "keep" if keep else "fresh"

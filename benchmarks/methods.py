@@ -22,7 +22,7 @@ from scenarios import SEEDS, prepare, score, spread
 
 from fedmpi import aggregation, evaluation, models, report, training
 from fedmpi.data import Example
-from fedmpi.session import Session
+from fedmpi.sessions.session import Session
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 RATES = (0.003, 0.01, 0.03, 0.1)

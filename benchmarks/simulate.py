@@ -28,16 +28,16 @@ import transformers
 
 from fedmpi import aggregation, data, evaluation, models, training
 from fedmpi.algorithms import fedavg
-from fedmpi.base import Base
 from fedmpi.data.prompts import IGNORED, Example
 from fedmpi.federation.lockstep import Federation
 from fedmpi.federation.updates import Update
-from fedmpi.host import Host
+from fedmpi.hosting.base import Base
+from fedmpi.hosting.host import Host
 from fedmpi.models.logits import supervised_logits
-from fedmpi.recipe import Recipe
 from fedmpi.round import Round
 from fedmpi.seeding import seed_for
-from fedmpi.session import Session
+from fedmpi.sessions.session import Session
+from fedmpi.settings.recipe import Recipe
 from fedmpi.stop import Stop
 from fedmpi.tensors import Tensors
 

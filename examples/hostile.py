@@ -18,7 +18,7 @@ from fedmpi import models, training
 from fedmpi.algorithms import fedavg
 from fedmpi.data import Example
 from fedmpi.federation import Federation, Update
-from fedmpi.host import Host
+from fedmpi.hosting.host import Host
 from fedmpi.round import Round
 from fedmpi.seeding import seed_for
 from fedmpi.tensors import Tensors

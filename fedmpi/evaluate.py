@@ -95,7 +95,7 @@ def set_up(given: argparse.Namespace) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Open, ask, write."""
-    from fedmpi.host import pick_device
+    from fedmpi.hosting.host import pick_device
     from fedmpi.run import open_transport
 
     set_up(given)
@@ -113,12 +113,12 @@ def run(given: argparse.Namespace) -> int:
 
 def ask_all(target: Target, given: argparse.Namespace, device: str, transport: "Transport | None") -> int:
     """The questions of a task, shared by the ranks that there are; rank 0 keeps and shows the result."""
-    from fedmpi.emulation import open_model
     from fedmpi.evaluation.speaker import open_speaker
     from fedmpi.evaluation.task import Options
     from fedmpi.evaluation.tasks import Subject, build
     from fedmpi.federation import shards
     from fedmpi.federation.post import Post
+    from fedmpi.hosting.emulation import open_model
     from fedmpi.result import Result, answered, show
 
     wanted = {key: value for key, value in vars(given).items() if key in Options.__dataclass_fields__}
@@ -142,9 +142,9 @@ def ask_all(target: Target, given: argparse.Namespace, device: str, transport: "
 
 def harness(target: Target, given: argparse.Namespace, device: str) -> int:
     """A task of lm-evaluation-harness; it cannot be interrupted and gone on with."""
-    from fedmpi.checkpoint import write_atomically
-    from fedmpi.emulation import structure_of
     from fedmpi.evaluation.harness import evaluate
+    from fedmpi.hosting.emulation import structure_of
+    from fedmpi.record.checkpoint import write_atomically
 
     if kinds := structure_of(target.model):
         raise ConfigError(

@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedmpi import data, models, recipe
+from fedmpi import data, models
 from fedmpi.command import FINISHED, guarded
 from fedmpi.errors import ConfigError
 from fedmpi.evaluate import machine_options, set_up
+from fedmpi.settings import recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,10 +60,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def answers(given: argparse.Namespace) -> list[tuple[str, list[tuple[str, str]]]]:
     """For each prompt what each of the models says. The base is loaded once and takes every adapter in turn."""
-    from fedmpi.emulation import open_model
     from fedmpi.evaluation.decoding import Decoding
     from fedmpi.evaluation.speaker import ModelSpeaker
-    from fedmpi.host import pick_device
+    from fedmpi.hosting.emulation import open_model
+    from fedmpi.hosting.host import pick_device
 
     set_up(given)
     decoding = Decoding(given.max_new_tokens, given.temperature, given.top_k, given.top_p, given.seed)

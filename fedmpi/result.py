@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmpi.checkpoint import write_atomically, writing
 from fedmpi.errors import ConfigError
-from fedmpi.folder import read_lines
+from fedmpi.record.checkpoint import write_atomically, writing
+from fedmpi.record.folder import read_lines
 
 if TYPE_CHECKING:
     from fedmpi.evaluation.decoding import Speaker
@@ -67,7 +67,7 @@ class Result:
         A chunk is asked whole or not at all: who else is in a batch moves a loss by the noise of a forward pass.
         """
         from fedmpi.federation.shards import handed_out
-        from fedmpi.host import environment
+        from fedmpi.hosting.host import environment
 
         began, known = time.monotonic(), self._known()
         ids = self.task.ids

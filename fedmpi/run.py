@@ -19,18 +19,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmpi import accord, config, recipe, timeleft, training
+from fedmpi import config, timeleft, training
 from fedmpi.codecs import AUTO, RAW
 from fedmpi.command import FAILED, FINISHED, STOPPED, fail, guarded
 from fedmpi.errors import CheckpointError, QuorumLost, Stopped
-from fedmpi.recipe import Recipe
+from fedmpi.settings import accord, recipe
+from fedmpi.settings.recipe import Recipe
 from fedmpi.world import World, from_environment
 
 if TYPE_CHECKING:
     from fedmpi.federation.post import Post
-    from fedmpi.host import Host
+    from fedmpi.hosting.host import Host
     from fedmpi.round import End
-    from fedmpi.session import Session
+    from fedmpi.sessions.session import Session
     from fedmpi.stop import Stop
     from fedmpi.tensors import Tensors
     from fedmpi.transports.base import Transport
@@ -109,7 +110,7 @@ class Program:
 
     def _held(self, path: Path) -> AbstractContextManager[Any]:
         """The run folder, taken and locked by the server; another's is not even locked."""
-        from fedmpi.folder import RunFolder
+        from fedmpi.record.folder import RunFolder
 
         if self.world.rank != 0:
             return nullcontext()
@@ -172,9 +173,10 @@ class Program:
             yield name, *(self._fed(host, folder) if name == "fed" else self._solos(name, host, folder))
 
     def _host(self, path: Path) -> "Host":
-        from fedmpi import data, emulation
-        from fedmpi.base import Base
-        from fedmpi.host import Host, pick_device
+        from fedmpi import data
+        from fedmpi.hosting import emulation
+        from fedmpi.hosting.base import Base
+        from fedmpi.hosting.host import Host, pick_device
 
         wanted = self.recipe
         device = pick_device(wanted.device, self.world.local_rank)
@@ -216,7 +218,7 @@ class Program:
         return Path(self.recipe.run_dir or f"runs/{recipe.short(self.recipe.algorithm)}-{self._identity()[0]}")
 
     def _session(self, wanted: Recipe, host: "Host", path: Path, scenario: str, post: "Post | None", title: str = "") -> "Session":
-        from fedmpi.session import Session
+        from fedmpi.sessions.session import Session
 
         world = {"launcher": self.world.launcher, "world": self.world.size, "transport": self.world.transport}
         facts, title = {"scenario": scenario, **world}, title or scenario
@@ -241,7 +243,7 @@ class Program:
 
     def _coded(self, session: "Session", path: Path) -> "Session":
         """The same with a chain, chosen now or before; it joins the run's settings and its record."""
-        from fedmpi import choosing
+        from fedmpi.sessions import choosing
 
         host = session.host
         num_values = sum(tensor.numel() for tensor in host.base.fresh.values())
@@ -263,7 +265,7 @@ class Program:
 
     def _solos(self, name: str, host: "Host", path: Path) -> "tuple[End, Any]":
         """Federations of one, side by side on the ranks: every client alone, or one client that has all the data."""
-        from fedmpi.solo import Solo, run_solos
+        from fedmpi.sessions.solo import Solo, run_solos
 
         wanted = replace(self.recipe.unscored(), clients_per_round=None, sampling="all", min_clients=1)
         none = {"codec_up": None, "codec_down": None, "codec_chosen": None, "codec_budget": Recipe.codec_budget}
@@ -280,7 +282,7 @@ class Program:
     def _tell(self, path: Path, state: str) -> None:
         """RUN_DIR/state.json: what a batch script reads, where the exit code does not reach it."""
         if self.world.rank == 0:
-            from fedmpi.checkpoint import write_atomically
+            from fedmpi.record.checkpoint import write_atomically
 
             said = {"state": state, "signal": self.stop.signal, "time_is_up": self.stop.time_is_up}
             with suppress(CheckpointError) if state == "failed" else nullcontext():  # a full disk is told of already
@@ -294,7 +296,7 @@ def _completed(host: "Host", jobs: "Mapping[int, Session]", client: int, adapter
     found = {**host.score(adapter, full), **host.answer(adapter, full)} if host.parties.heldout else {}
     full.save(adapter, path / "adapter")
     if (path / "summary.json").exists():
-        from fedmpi.checkpoint import write_atomically
+        from fedmpi.record.checkpoint import write_atomically
 
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         write_atomically(path / "summary.json", json.dumps({**summary, "final": {**summary["final"], **found}}, indent=2) + "\n")

@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedmpi import data, models, recipe
+from fedmpi import data, models
 from fedmpi.errors import ConfigError
+from fedmpi.settings import recipe
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Target:
 
     def facts(self, device: str) -> dict[str, Any]:
         """For the record: never a path of this machine."""
-        from fedmpi.checkpoint import file_sha256
+        from fedmpi.record.checkpoint import file_sha256
 
         adapter = None if self.adapter is None else file_sha256(self.adapter / "adapter_model.safetensors")
         dtype = str(models.dtype_of(self.model, device)).removeprefix("torch.")

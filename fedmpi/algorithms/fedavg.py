@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fedmpi.federation import Federation, Update
-    from fedmpi.host import Host
+    from fedmpi.hosting.host import Host
     from fedmpi.round import Round
     from fedmpi.tensors import Tensors
 

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fedmpi.federation import Federation, Update
-    from fedmpi.host import Host
+    from fedmpi.hosting.host import Host
     from fedmpi.models import Outline
-    from fedmpi.recipe import Recipe
     from fedmpi.round import Round
+    from fedmpi.settings.recipe import Recipe
     from fedmpi.tensors import Tensors
 
 SCHEME = offsite.Scheme(first=2, last=2, tunes_emulator=False)

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fedmpi.federation import Federation, Update
-    from fedmpi.host import Host
-    from fedmpi.recipe import Recipe
+    from fedmpi.hosting.host import Host
     from fedmpi.round import Round
+    from fedmpi.settings.recipe import Recipe
     from fedmpi.tensors import Tensors
     from fedmpi.training import Step
 

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from fedmpi import recipe
 from fedmpi.command import FINISHED, guarded
 from fedmpi.plan.figures import build
 from fedmpi.plan.table import show
+from fedmpi.settings import recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

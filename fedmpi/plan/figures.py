@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fedmpi import aggregation, data, models, recipe
+from fedmpi import aggregation, data, models
 from fedmpi.codecs import Chains
-from fedmpi.recipe import Recipe
 from fedmpi.round import cohort_size, fixed_cohort, place
+from fedmpi.settings import recipe
+from fedmpi.settings.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fedmpi.checkpoint import write_atomically
 from fedmpi.progress import size
+from fedmpi.record.checkpoint import write_atomically
 from fedmpi.report import figures, tables
 from fedmpi.report.reading import Line, Run, number, read
 from fedmpi.report.style import CSS

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from fedmpi.errors import CheckpointError, ConfigError
-from fedmpi.folder import read_metrics, read_object
-from fedmpi.recipe import short
+from fedmpi.record.folder import read_metrics, read_object
 from fedmpi.report.results import rows_of
+from fedmpi.settings.recipe import short
 
 Line = dict[str, Any]
 Points = list[tuple[int, float]]

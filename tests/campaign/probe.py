@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from fedmpi import aggregation, checkpoint, training
+from fedmpi import aggregation, training
 from fedmpi.federation import lockstep, updates
 from fedmpi.federation.turns import Turns
-from fedmpi.keeper import Keeper
+from fedmpi.record import checkpoint
+from fedmpi.sessions.keeper import Keeper
 from fedmpi.tensors import digest
 from fedmpi.transports.base import Transport
 from fedmpi.transports.link import Link

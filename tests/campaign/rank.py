@@ -37,10 +37,10 @@ def threads(arguments: list[str], size: int) -> int:
     """All ranks in this process; one stop for all, since they share the process's signals."""
     import torch
 
-    from fedmpi import recipe as recipes
     from fedmpi.errors import FedmpiError
     from fedmpi.federation.post import Post
     from fedmpi.run import Program
+    from fedmpi.settings import recipe as recipes
     from fedmpi.stop import Stop
     from fedmpi.transports import in_process
     from fedmpi.world import World

@@ -23,7 +23,7 @@ def no_finite_check() -> None:
 
 def no_atomic_rename() -> None:
     """A checkpoint is written where it will be looked for."""
-    from fedmpi import checkpoint
+    from fedmpi.record import checkpoint
 
     commit = checkpoint.Checkpoints.commit
 
@@ -46,8 +46,8 @@ def no_round_check() -> None:
 
 def no_commit_protocol() -> None:
     """State that a client made counts at once, also where its update did not, and nobody tidies up after it."""
-    from fedmpi.checkpoint import Checkpoints
     from fedmpi.federation.owned import Owned
+    from fedmpi.record.checkpoint import Checkpoints
 
     settle = Owned.settle
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedmpi import recipe as recipes
 from fedmpi.federation.post import Post
-from fedmpi.recipe import Recipe
 from fedmpi.run import Program
+from fedmpi.settings import recipe as recipes
+from fedmpi.settings.recipe import Recipe
 from fedmpi.stop import Stop
 from fedmpi.training import Hook
 from fedmpi.transports import in_process

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmpi.recipe import algorithm, known_algorithms
+from fedmpi.settings.recipe import algorithm, known_algorithms
 from tests.lockstep.ranks import STOPS, adapter, recipe, run
 
 COLLECTIVES = {"broadcast", "gather"}

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from fedmpi import checkpoint, run
+from fedmpi import run
 from fedmpi.errors import Aborted, CheckpointError
-from fedmpi.folder import RunFolder
 from fedmpi.models import adapters
+from fedmpi.record import checkpoint
+from fedmpi.record.folder import RunFolder
 from tests.lockstep import ranks
 
 GIVEN = ("--data.name=json", "--data.path=site-{client}.jsonl", "--data.splitter=given", "--data.num_rows=null")

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from fedmpi.commits import Commits
 from fedmpi.errors import CheckpointError
 from fedmpi.federation.lockstep import Federation
-from fedmpi.folder import RunFolder, read_metrics
-from fedmpi.recipe import algorithm, known_algorithms
+from fedmpi.record.commits import Commits
+from fedmpi.record.folder import RunFolder, read_metrics
+from fedmpi.settings.recipe import algorithm, known_algorithms
 from fedmpi.stop import Stop
 from fedmpi.tensors import digest
 from tests.lockstep.ranks import adapter, recipe, run

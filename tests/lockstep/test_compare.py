@@ -8,7 +8,7 @@ import pytest
 
 from fedmpi import generate, report
 from fedmpi.data import toy
-from fedmpi.recipe import Recipe
+from fedmpi.settings.recipe import Recipe
 from tests.lockstep.ranks import STOPS, adapter, recipe, run
 
 PLACES = (".", "fedot", "fedbiot")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from fedmpi.errors import ConfigError
-from fedmpi.recipe import read
 from fedmpi.run import Program
+from fedmpi.settings.recipe import read
 from fedmpi.stop import Stop
 from fedmpi.world import World
 from tests.lockstep import ranks

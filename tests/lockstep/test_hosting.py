@@ -2,8 +2,8 @@
 
 from fedmpi import data, federation, models
 from fedmpi.algorithms import fedavg
-from fedmpi.base import Base
-from fedmpi.host import Host
+from fedmpi.hosting.base import Base
+from fedmpi.hosting.host import Host
 from fedmpi.round import Round
 from fedmpi.tensors import digest
 from tests.lockstep.ranks import recipe

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from fedmpi import emulation, evaluate, generate, models
+from fedmpi import evaluate, generate, models
 from fedmpi.algorithms import fedbiot
 from fedmpi.data import toy
 from fedmpi.errors import Aborted
+from fedmpi.hosting import emulation
 from fedmpi.models import skeleton
 from fedmpi.offsite import Config as OffsiteConfig
 from fedmpi.offsite.alignment import Gap
-from fedmpi.recipe import Recipe
+from fedmpi.settings.recipe import Recipe
 from fedmpi.stop import Stop
 from fedmpi.tensors import digest, num_bytes
 from tests.lockstep.ranks import STOPS, adapter, recipe, run

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from fedmpi import aggregation
-from fedmpi import recipe as recipes
 from fedmpi.data import federate, tokenize
 from fedmpi.models import costs, load_shapes, load_tokenizer, only, same_for_all, trained
 from fedmpi.plan import figures
+from fedmpi.settings import recipe as recipes
 from tests.lockstep.ranks import recipe, run
 
 METHODS = {

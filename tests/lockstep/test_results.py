@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedmpi import recipe as recipes
 from fedmpi.data import federate, tokenize
 from fedmpi.errors import CheckpointError
 from fedmpi.evaluation import heldout_loss
 from fedmpi.federation.post import Post
 from fedmpi.messages import Kind
+from fedmpi.settings import recipe as recipes
 from tests.lockstep.ranks import STOPS, adapter, recipe, run
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fedmpi import data, export, models
-from fedmpi.base import Base
-from fedmpi.host import Host
+from fedmpi.hosting.base import Base
+from fedmpi.hosting.host import Host
 from tests.lockstep.ranks import STOPS, adapter, recipe, run
 
 FAST = ("rolora", "flexlora", "unequal ranks, fedex", "flora", "krum", "adam")  # the others in the long tier

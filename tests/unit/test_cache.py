@@ -147,7 +147,7 @@ def test_many_ranks_begin_at_once(tmp_path):
 
 
 def test_a_recipe_can_name_it(tmp_path):
-    from fedmpi import recipe
+    from fedmpi.settings import recipe
 
     (tmp_path / "r.yaml").write_text(json.dumps({"data": {"cache": "tokens", "group_by_length": True}}))
     wanted, _ = recipe.read(["--config", str(tmp_path / "r.yaml")], "run", "")

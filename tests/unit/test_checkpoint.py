@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmpi import checkpoint
-from fedmpi.checkpoint import Checkpoints, Vault
 from fedmpi.errors import CheckpointError, ConfigError
-from fedmpi.folder import RunFolder
+from fedmpi.record import checkpoint
+from fedmpi.record.checkpoint import Checkpoints, Vault
+from fedmpi.record.folder import RunFolder
 
 TENSORS = {"adapter/a": torch.arange(6.0).reshape(2, 3), "adapter/b": torch.ones(2)}
 

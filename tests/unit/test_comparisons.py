@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmpi import recipe
 from fedmpi.errors import ConfigError
+from fedmpi.settings import recipe
 from fedmpi.stop import Stop
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -6,8 +6,9 @@ import pytest
 import torch
 from small_models import PAD, examples, llama, trained, with_lora
 
-from fedmpi import recipe, training
+from fedmpi import training
 from fedmpi.errors import ConfigError
+from fedmpi.settings import recipe
 from fedmpi.training import Config, fit
 
 SETTINGS = {"steps": 4, "batch_size": 3, "accumulation": 2, "optimizer": "sgd", "lr": 0.3}

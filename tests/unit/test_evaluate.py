@@ -13,8 +13,8 @@ from fedmpi.evaluation.task import Options
 from fedmpi.evaluation.tasks import Subject, build
 from fedmpi.federation import shards
 from fedmpi.federation.post import Post
-from fedmpi.recipe import Recipe
 from fedmpi.result import Result, answered
+from fedmpi.settings.recipe import Recipe
 from fedmpi.target import default_task
 from fedmpi.transports import in_process
 

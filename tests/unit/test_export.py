@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedmpi import config, export, models
 from fedmpi.evaluation.loss import inference
-from fedmpi.recipe import Recipe
+from fedmpi.settings.recipe import Recipe
 
 
 def finished_run(folder, peft, dtype="float32"):

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from fedmpi import config, data, generate, models, recipe
+from fedmpi import config, data, generate, models
 from fedmpi.errors import ConfigError
 from fedmpi.evaluation.decoding import Decoding
 from fedmpi.evaluation.speaker import open_speaker
-from fedmpi.recipe import Recipe
+from fedmpi.settings import recipe
+from fedmpi.settings.recipe import Recipe
 
 PROMPTS = ["Say the word moon backwards.", "Add 3 and 4."]
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from fedmpi import data, evaluation, models, training
-from fedmpi.base import Base
 from fedmpi.errors import ConfigError
-from fedmpi.host import Host
+from fedmpi.hosting.base import Base
+from fedmpi.hosting.host import Host
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2] / "fedmpi"
 FLOORS = {
-    5: "run session keeper solo plan evaluate generate export report",
+    5: "run sessions plan evaluate generate export report",
     4: "algorithms",
-    3: "accord choosing exchange federation "
-    "checkpoint commits base emulation folder host progress public_rows recipe result stop target",
+    3: "federation hosting record settings progress result stop target",
     2: "transports codecs training offsite evaluation",
     1: "messages manifest round world ledger meter aggregation models data",
     0: "tensors seeding config command errors lazy timeleft watch",
@@ -31,7 +30,7 @@ PLACES = {
     "datasets": ("data/",),
     "deepspeed": ("training/",),
 }
-PROGRAMS = ("recipe", "world", "run", "evaluate", "generate", "export")
+PROGRAMS = ("settings.recipe", "world", "run", "evaluate", "generate", "export")
 HEAVY = ("torch", "transformers", "peft", "datasets", "mpi4py", "bitsandbytes", "deepspeed")
 
 

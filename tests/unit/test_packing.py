@@ -12,10 +12,10 @@ from small_models import PAD, examples, llama, trained, with_lora
 from torch.nn.functional import cross_entropy
 
 from fedmpi import data, evaluation, models, training
-from fedmpi.base import Base
 from fedmpi.data.prompts import IGNORED, Example
 from fedmpi.errors import ConfigError
-from fedmpi.host import Host
+from fedmpi.hosting.base import Base
+from fedmpi.hosting.host import Host
 from fedmpi.models.logits import supervised_logits
 from fedmpi.training.engines import Engine
 

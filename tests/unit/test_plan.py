@@ -5,12 +5,13 @@ import re
 
 import pytest
 
-from fedmpi import models, recipe
+from fedmpi import models
 from fedmpi.models import PeftConfig
 from fedmpi.offsite import Config as OffsiteConfig
 from fedmpi.offsite.shapes import outline
 from fedmpi.plan import figures
 from fedmpi.plan.__main__ import main
+from fedmpi.settings import recipe
 
 LLAMA_7B = {
     **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 4096},

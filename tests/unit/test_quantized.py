@@ -7,9 +7,10 @@ import pytest
 import torch
 from small_models import PAD, examples, llama, with_lora
 
-from fedmpi import models, recipe
+from fedmpi import models
 from fedmpi.errors import ConfigError, ModelError, TrainingError
 from fedmpi.models import costs
+from fedmpi.settings import recipe
 from fedmpi.training import Config, fit, optim
 
 HAS_IT = pytest.mark.skipif(

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fedmpi import recipe
 from fedmpi.config import RECIPES
 from fedmpi.errors import ConfigError
+from fedmpi.settings import recipe
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = [*sorted((ROOT / "launch" / "recipes").glob("*.yaml")), *sorted(RECIPES.glob("*.yaml"))]

@@ -8,17 +8,18 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, Literal
 
-from fedmpi import accord, codecs, config, exchange
+from fedmpi import codecs, config
 from fedmpi.aggregation import Config as AggregationConfig
 from fedmpi.aggregation import Optimizer, ServerConfig
 from fedmpi.data import Config as DataConfig
 from fedmpi.errors import ConfigError
 from fedmpi.evaluation import Config as EvalConfig
-from fedmpi.exchange import Exchange
 from fedmpi.models import Config as ModelConfig
 from fedmpi.models import PeftConfig
 from fedmpi.offsite import Config as OffsiteConfig
 from fedmpi.offsite import Scheme
+from fedmpi.settings import accord, exchange
+from fedmpi.settings.exchange import Exchange
 from fedmpi.training import Config as TrainConfig
 
 EXPORTS = ("Config", "Server", "Client", "build_server", "build_client", "run_round")

@@ -13,8 +13,8 @@ from fedmpi.errors import ConfigError
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from fedmpi.recipe import Recipe
     from fedmpi.round import Placement
+    from fedmpi.settings.recipe import Recipe
 
 Exchange = Literal["star", "sums", "collective", "auto"]
 VALUE_BYTES, SUM_BYTES = 4, 8  # of a parameter in an update, and in a sum on the exact grid

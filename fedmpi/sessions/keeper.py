@@ -13,16 +13,17 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from fedmpi import aggregation, checkpoint, evaluation
-from fedmpi.commits import Commits
+from fedmpi import aggregation, evaluation
 from fedmpi.errors import ConfigError, QuorumLost
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import Federation
-from fedmpi.folder import RunFolder
-from fedmpi.host import Host, environment, trained_share
+from fedmpi.hosting.host import Host, environment, trained_share
 from fedmpi.progress import Progress
-from fedmpi.recipe import Recipe
+from fedmpi.record import checkpoint
+from fedmpi.record.commits import Commits
+from fedmpi.record.folder import RunFolder
 from fedmpi.round import End, Round
+from fedmpi.settings.recipe import Recipe
 from fedmpi.stop import Stop
 from fedmpi.tensors import Tensors, part, prefixed
 

@@ -5,17 +5,17 @@ Every rule looks at a whole recipe. It must never know a model, data or ranks.
 
 from typing import TYPE_CHECKING
 
-from fedmpi import exchange
 from fedmpi.aggregation import FOLDING, ServerConfig
 from fedmpi.codecs import AUTO
 from fedmpi.errors import ConfigError
 from fedmpi.offsite import Config as OffsiteConfig
 from fedmpi.offsite import Scheme
+from fedmpi.settings import exchange
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fedmpi.recipe import Recipe
+    from fedmpi.settings.recipe import Recipe
 
 _WEEK_S = 604_800  # what is beyond it is a slip, and an infinite wait no deadline
 _AT_LEAST = {

@@ -11,18 +11,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fedmpi import aggregation, checkpoint, config, exchange
+from fedmpi import aggregation, config
 from fedmpi.errors import ConfigError, PeerLost, PeerSilent
 from fedmpi.federation.bench import Bench
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import Federation
 from fedmpi.federation.post import Post
 from fedmpi.federation.sums import Terms
-from fedmpi.folder import RunFolder
-from fedmpi.host import Host
-from fedmpi.keeper import Keeper, restored
-from fedmpi.recipe import Recipe
+from fedmpi.hosting.host import Host
+from fedmpi.record import checkpoint
+from fedmpi.record.folder import RunFolder
 from fedmpi.round import SERVER, End, cohort_of, place
+from fedmpi.sessions.keeper import Keeper, restored
+from fedmpi.settings import exchange
+from fedmpi.settings.recipe import Recipe
 from fedmpi.stop import Stop
 from fedmpi.tensors import Tensors, num_bytes, part
 

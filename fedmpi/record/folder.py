@@ -10,8 +10,8 @@ from typing import IO, Any
 import yaml
 
 from fedmpi import config
-from fedmpi.checkpoint import Checkpoints, Committed, write_atomically, writing
 from fedmpi.errors import CheckpointError, ConfigError
+from fedmpi.record.checkpoint import Checkpoints, Committed, write_atomically, writing
 
 
 @dataclass

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from fedmpi.folder import RunFolder
+from fedmpi.record.folder import RunFolder
 from fedmpi.tensors import Tensors
 
 

@@ -14,11 +14,11 @@ from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import Federation
 from fedmpi.federation.updates import Update
 from fedmpi.round import SERVER, End, Round, place
-from fedmpi.session import LEAST_LIMIT_BYTES
+from fedmpi.sessions.session import LEAST_LIMIT_BYTES
 
 if TYPE_CHECKING:
     from fedmpi.federation.post import Post
-    from fedmpi.session import Session
+    from fedmpi.sessions.session import Session
     from fedmpi.stop import Stop
     from fedmpi.tensors import Tensors
 

@@ -13,18 +13,19 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmpi import data, models, offsite, public_rows
-from fedmpi.base import Base, Given
-from fedmpi.checkpoint import file_sha256, sync
+from fedmpi import data, models, offsite
 from fedmpi.errors import CheckpointError, ConfigError, ModelError, Stopped
-from fedmpi.folder import read_object
-from fedmpi.host import Offsite
+from fedmpi.hosting import public_rows
+from fedmpi.hosting.base import Base, Given
+from fedmpi.hosting.host import Offsite
 from fedmpi.models import skeleton
 from fedmpi.offsite.builders import NEEDS_TEXT
 from fedmpi.offsite.structure import Structure, reshape
-from fedmpi.recipe import Recipe
+from fedmpi.record.checkpoint import file_sha256, sync
+from fedmpi.record.folder import read_object
 from fedmpi.round import SERVER, place
 from fedmpi.seeding import seed_for
+from fedmpi.settings.recipe import Recipe
 from fedmpi.tensors import num_bytes
 from fedmpi.training.hooks import Hook, Step
 

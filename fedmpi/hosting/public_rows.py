@@ -8,7 +8,7 @@ from typing import Any
 from fedmpi import data, offsite
 from fedmpi.data.corpora import declaration
 from fedmpi.errors import ConfigError, DataError
-from fedmpi.recipe import Recipe
+from fedmpi.settings.recipe import Recipe
 
 TOY_SEED = 1  # builtin:toy as a public set: problems of the same world, other ones than the clients'
 TOY_ROWS = 4096

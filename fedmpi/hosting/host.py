@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedmpi import aggregation, evaluation, models, offsite, training
 from fedmpi import data as corpora
-from fedmpi.base import Base
 from fedmpi.errors import ConfigError, DataError
+from fedmpi.hosting.base import Base
 from fedmpi.round import Round
 from fedmpi.tensors import Tensors
 

@@ -12,14 +12,14 @@ from typing import Any
 import yaml
 
 from fedmpi import config
-from fedmpi.checkpoint import write_atomically
 from fedmpi.codecs import RAW, choice
 from fedmpi.codecs.choice import Cost, Way
 from fedmpi.errors import CheckpointError, ConfigError
 from fedmpi.federation import probe
 from fedmpi.federation.post import Post
-from fedmpi.recipe import Recipe
+from fedmpi.record.checkpoint import write_atomically
 from fedmpi.round import SERVER, cohort_of, place
+from fedmpi.settings.recipe import Recipe
 
 
 @dataclass(frozen=True)
