@@ -14,7 +14,7 @@ setup mpi dev deepspeed quant
 # Slurm's daemons and the library behind srun --mpi=pmix (its plugin asks for libpmix.so, which the -dev package has); the tests
 # start them with a configuration of their own.
 packages=(munge slurmctld slurmd slurm-client libpmix-dev iproute2 util-linux)
-# The long tier compiles HumanEval-X as well: Go's ten programs alone take a minute, the headers of C++ half a gigabyte.
+# The long tier compiles HumanEval-X as well; the headers of C++ take half a gigabyte.
 if [ -z "$tier" ]; then packages+=(g++ libboost-dev libssl-dev golang-go golang-github-stretchr-testify-dev); fi
 missing=()
 for package in "${packages[@]}"; do

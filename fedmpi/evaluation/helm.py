@@ -18,7 +18,7 @@ from fedmpi.evaluation.helm_table import SUBTASKS, SUITES, Question, Subtask, qu
 from fedmpi.evaluation.intervals import bootstrap, wilson
 from fedmpi.evaluation.metrics import OF_RANKS, OF_TEXT, best
 from fedmpi.evaluation.shots import choose, fitting
-from fedmpi.evaluation.task import Options, Record, draw, open_records, prompt_hash
+from fedmpi.evaluation.task import Options, Record, draw, located, open_records, prompt_hash
 
 SAMPLES = 100
 YES, NO = 0, 1  # the choices of a ranking question
@@ -151,33 +151,27 @@ class Helm:
 
 def build(options: Options, suite: str, only: str) -> Helm:
     """A suite, or one subtask as helm:NAME or helm-qa:NAME."""
-    names = SUITES[suite]
-    if only and only not in names:
-        raise ConfigError(f"--task {options.task}: {suite} has {', '.join(names)}")
+    if only and only not in SUITES[suite]:
+        raise ConfigError(f"--task {options.task}: {suite} has {', '.join(SUITES[suite])}")
+    names = (only,) if only else SUITES[suite]
     items, left_out, shots_from = [], {}, {}
-    for name in (only,) if only else names:
-        try:
-            found, shots_from[name] = _items(options, name)
-            items += found
-        except _Missing as error:
-            left_out[name] = str(error)
+    for name in names:
+        if located(options.data, SUBTASKS[name].files) is None:
+            left_out[name] = f"needs --data: {' or '.join(SUBTASKS[name].files)}, whose records have {SUBTASKS[name].fields}"
+            continue
+        found, shots_from[name] = _items(options, name)
+        items += found
     if not items:
-        raise DataError(f"--task {options.task} finds no data: {next(iter(left_out.values()))}")
+        where = "none is given" if options.data is None else f"{options.data} holds none of its files"
+        raise DataError(f"--task {options.task} finds no data, {where}: {names[0]} {left_out[names[0]]}")
     decoding = options.decoding(Decoding(max_new_tokens=128))
     return Helm(options.task, items, left_out, decoding, suite == "helm-qa", shots_from)
-
-
-class _Missing(DataError):
-    """A subtask's file is not there."""
 
 
 def _items(options: Options, name: str) -> tuple[list[Item], str]:
     """A subtask's questions after worked examples, and where these are from."""
     subtask = SUBTASKS[name]
-    try:
-        found = open_records(options.task, options.data, subtask.files)
-    except DataError as error:
-        raise _Missing(f"{error}; its records have {subtask.fields}") from None
+    found = open_records(options.task, options.data, subtask.files)
     chosen = draw(len(found), options.rows or SAMPLES, options.seed, name)
     items = [Item(f"{name}/{index}", name, question(name, found[index])) for index in chosen]
     num_shots = _num_shots(options, subtask)

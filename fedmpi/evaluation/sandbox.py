@@ -18,12 +18,16 @@ INTERPRETER = os.path.realpath(sys.executable)
 
 @dataclass(frozen=True)
 class Step:
-    """One command, such as compiling or running. Memory 0 is for runtimes that reserve more than they use (Java, Go)."""
+    """One command, such as compiling or running. Memory 0 is for runtimes that reserve more than they use (Java, Go).
+
+    Of this machine it reads system folders and `folders`; it writes to none of them.
+    """
 
     argv: Sequence[str]
     time_s: float = 10.0
     memory_bytes: int = 2 << 30
     env: Mapping[str, str] = field(default_factory=dict)
+    folders: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Ending:
 
 def run(files: Mapping[str, str], steps: Sequence[Step], limits: Limits = Limits(), namespaces: bool = True) -> Ending:
     """Run the steps one after the other, as long as each ends with 0, in an empty folder that holds the files."""
+    own = [folder for step in steps for folder in step.folders]
     order: dict[str, Any] = {
         "files": dict(files),
         "steps": [
@@ -59,7 +64,7 @@ def run(files: Mapping[str, str], steps: Sequence[Step], limits: Limits = Limits
             for step in steps
         ],
         **vars(limits),
-        "folders": sorted({sys.base_prefix, os.path.dirname(os.path.dirname(INTERPRETER))} - {"/usr", "/"}),
+        "folders": sorted({sys.base_prefix, os.path.dirname(os.path.dirname(INTERPRETER)), *own} - {"/usr", "/"}),
         "namespaces": namespaces,
         "start_s": GRACE_S,
     }

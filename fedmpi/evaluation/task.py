@@ -88,14 +88,20 @@ def prompt_hash(prompts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
 
 
-def open_records(task: str, given: str | None, names: Sequence[str]) -> list[FileRecord]:
-    """The records of the file that a user gives, or of the first known name in the folder."""
+def located(given: str | None, names: Sequence[str]) -> Path | None:
+    """The file that a user gives, or the first known name in the folder."""
     path = Path(given or "").expanduser()
     found = [] if given is None else [path] if path.is_file() else files.find(path, names)
-    if not found:
+    return found[0] if found else None
+
+
+def open_records(task: str, given: str | None, names: Sequence[str]) -> list[FileRecord]:
+    """The records of that file."""
+    found = located(given, names)
+    if found is None:
         where = "none was given" if given is None else f"{given} has none of these"
         raise DataError(f"--task {task} needs --data: {' or '.join(names)}, plain or compressed, or its folder ({where})")
-    return files.read(found[0])[0]
+    return files.read(found)[0]
 
 
 def draw(num: int, wanted: int | None, seed: int, what: str) -> list[int]:

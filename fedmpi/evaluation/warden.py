@@ -78,7 +78,8 @@ def build_root(root: str, order: Order) -> None:
         os.mkdir(root + folder)
     mount("proc", root + "/proc", "proc", NOSUID | NODEV)
     mount("tmpfs", root + BOX, "tmpfs", NOSUID | NODEV, f"size={order['disk_bytes']},mode=777,nr_inodes=4096")
-    os.symlink(BOX, root + "/tmp")
+    if not os.path.lexists(root + "/tmp"):  # unless a folder that is shown lies in it; TMPDIR tells programs of their box
+        os.symlink(BOX, root + "/tmp")
     mount("", root, "", BIND | REMOUNT | RDONLY | NOSUID)
     os.chroot(root)
 

@@ -25,6 +25,7 @@ FILES = {
     "humaneval_cpp.jsonl": json.dumps({"task_id": "CPP/0", "prompt": "", "test": "", "declaration": ""}) + "\n",
     "gsm8k.jsonl": '{"question": "How many?", "answer": "Seven."}\n',
     "xsum.jsonl": '{"document": "a", "summary": "b"}\n{"document": "a"}\n',
+    "hurt/raft.jsonl": "{\n",
     "questions.jsonl": '{"text": "Who are you?"}\n',
 }
 JSON = ("--data.name=json", "--data.path")
@@ -61,7 +62,8 @@ TASKS = {
     "code that nobody allowed": (("humaneval", "--data", "."), ["give --allow_code_execution"]),
     "fewer samples than k": (("humaneval", "--k", "10", "--samples", "5", *CODE), ["pass@10 needs at least 10 samples"]),
     "HELM without data": (("helm-mini",), ["finds no data", "needs --data: mmlu_test.jsonl", "question, subject, choices, answer"]),
-    "HELM in another folder": (("helm-mini", "--data", "split"), ["finds no data", "split has none of these"]),
+    "HELM in another folder": (("helm-mini", "--data", "split"), ["finds no data", "split holds none of its files"]),
+    "HELM with a broken file": (("helm", "--data", "hurt"), ["raft.jsonl line 1 is not JSON"]),
     "a record of another kind": (("helm:xsum", "--data", "."), ["xsum.jsonl line 2 is no question of xsum", "document, summary"]),
     "gsm8k without data": (("gsm8k",), ["--task gsm8k needs --data"]),
     "a gold answer without a number": (("gsm8k", "--data", "gsm8k.jsonl"), ["its answer has no number after ####"]),

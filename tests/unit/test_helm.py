@@ -113,14 +113,18 @@ def test_what_does_not_fit_is_left_out_of_the_mean_and_named(folder, tmp_path, c
 def test_a_subtask_without_data_says_what_it_needs(folder, tmp_path):
     (folder / "natural_qa_open.jsonl").unlink()
     task = helm.build(Options("helm-mini", data=str(folder)), "helm-mini", "")
-    assert (
-        "natural_qa_open.jsonl" in task.left_out["natural_qa_open"]
-        and "question, passage, answer" in task.left_out["natural_qa_open"]
-    )
+    needs = "needs --data: natural_qa_open.jsonl, whose records have question, passage, answer"
+    assert task.left_out == {"natural_qa_open": needs}, "a result tells it, and no folder of this machine"
     with pytest.raises(DataError, match="finds no data.*natural_qa_open.jsonl"):
         helm.build(Options("helm:natural_qa_open", data=str(folder)), "helm", "natural_qa_open")
     with pytest.raises(ConfigError, match="helm-mini has mmlu"):
         helm.build(Options("helm-mini:quac", data=str(folder)), "helm-mini", "quac")
+
+
+def test_a_file_that_is_there_and_broken_is_not_left_out(folder):
+    (folder / "imdb_test.jsonl").write_text('{"text": "a film", "label": \n')
+    with pytest.raises(DataError, match="imdb_test.jsonl line 1 is not JSON"):
+        helm.build(Options("helm-mini", data=str(folder)), "helm-mini", "")
 
 
 def test_worked_examples_are_one_of_each_answer_in_turn():

@@ -180,3 +180,14 @@ def test_a_program_dies_with_the_process_that_wanted_it():
     while alive(sleeping[0]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(sleeping[0])
+
+
+def test_a_folder_of_a_step_is_read_and_never_written(tmp_path):
+    need_namespaces()
+    (tmp_path / "library").write_text("shared")
+    (tmp_path / "library").chmod(0o666)
+    os.chmod(tmp_path, 0o777)
+    script = f"cat {tmp_path}/library; echo mine > {tmp_path}/library || echo mine > {tmp_path}/new"
+    ending = run({}, [Step(["/bin/sh", "-c", script], folders=[str(tmp_path)])], SMALL)
+    assert not ending.passed and ending.output.startswith("shared") and "Read-only" in ending.output
+    assert (tmp_path / "library").read_text() == "shared" and [path.name for path in tmp_path.iterdir()] == ["library"]
