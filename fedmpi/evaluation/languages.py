@@ -26,6 +26,7 @@ GO_PACKAGES = (
     *("bytes", "container/heap", "crypto/md5", "encoding/hex", "errors", "fmt", "math", "math/big", "math/bits", "math/cmplx"),
     *("math/rand", "regexp", "sort", "strconv", "strings", "time", "unicode", "unicode/utf8"),
 )
+BOX_PATH = "/usr/local/bin:/usr/bin:/bin"
 GO_TEST = ("go", "test", "-vet=off")
 FOREIGN = re.compile(r"#include\s*<((?:boost|openssl)/[^>]+)>")
 CPP_HEADERS = (
@@ -131,8 +132,8 @@ def compiled_go() -> Path:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "all_test.go").write_text(source, encoding="utf-8")
             build = [*GO_TEST, "-c", "-o", os.devnull, "all_test.go"]
-            told = {"cwd": folder, "env": {**os.environ, **_go_env(library)}, "timeout": LIBRARY_S}
-            subprocess.run(build, **told, capture_output=True, text=True, check=True)
+            env = {"PATH": BOX_PATH, "HOME": folder, **_go_env(library)}  # as in a box, or Go would compile it anew there
+            subprocess.run(build, cwd=folder, env=env, timeout=LIBRARY_S, capture_output=True, text=True, check=True)
     except subprocess.CalledProcessError as error:
         raise DataError(f"Go cannot compile its library into {library}: {' '.join(error.stderr.split())[:300]}") from None
     except (OSError, subprocess.TimeoutExpired) as error:
