@@ -8,13 +8,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedmpi.errors import ConfigError
 from fedmpi.training import Config
-
-if TYPE_CHECKING:
-    pass
 
 COMPILERS = ("c++", "g++", "clang++")
 

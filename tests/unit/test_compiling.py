@@ -27,6 +27,7 @@ def test_compiled_layers_train_like_plain_ones() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # half a minute where nobody disturbs the compiler
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler here (Debian: g++)")
 def test_code_that_was_made_trains_like_the_layers_as_written() -> None:
     plain, other = with_lora(llama()), with_lora(llama())

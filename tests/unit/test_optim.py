@@ -1,12 +1,15 @@
 """Rates against numbers worked out by hand; a kept optimiser state goes on as if there had been no break."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import load, save
 from small_models import PAD, examples, llama, trained, with_lora
 
 from fedmpi.errors import TrainingError
-from fedmpi.training import Config, OptimState, fit, optim
+from fedmpi.training import Config, Hook, OptimState, fit, optim
 
 
 @pytest.mark.parametrize(
@@ -64,6 +67,21 @@ def test_a_state_is_not_changed_by_going_on_from_it():
     copies = {name: tensor.clone() for name, tensor in state.tensors.items()}
     fit(model, examples(4), keep, seed=1, pad_id=PAD, state=state)
     assert all(torch.equal(copies[name], tensor) for name, tensor in state.tensors.items())
+
+
+def test_a_turn_leaves_nothing_but_the_trained_values():
+    """What it made is gone with it, so that a GPU holds one client's optimiser at a time; what is kept is a copy for the CPU."""
+
+    class Looks(Hook):
+        def after_step(self, step):
+            self.seen = weakref.ref(step.optimizer)
+            self.places = {value.data_ptr() for memory in step.optimizer.state.values() for value in memory.values()}
+
+    model, hook = with_lora(llama()), Looks()
+    kept = fit(model, examples(4), Config(steps=2, optimizer_state="keep"), seed=0, pad_id=PAD, hooks=[hook]).state
+    gc.collect()
+    assert hook.seen() is None and all(parameter.grad is None for parameter in model.parameters())
+    assert kept.tensors and hook.places.isdisjoint(tensor.data_ptr() for tensor in kept.tensors.values())
 
 
 def test_fresh_keeps_nothing_and_sgd_has_nothing_to_keep():
