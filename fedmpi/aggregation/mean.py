@@ -50,6 +50,7 @@ class Piece:
     values: torch.Tensor
     most: float | None = None  # their largest magnitude, where somebody has looked already
     added: bool = False  # these are sums already: whole numbers of grid steps, in float64, of updates that weigh so much together
+    within: torch.Tensor | None = None  # memory of a whole sum, in which these lie in their place; it is the taker's from now on
     back: bool = False  # these came before and were added, and are to be taken back
 
 
@@ -91,7 +92,7 @@ def mean_of(pieces: Iterable[Piece | Void], scale: int) -> Tensors:
             if sums is not None and piece.update in sums.weights:
                 raise TrainingError(f"update {piece.update} broke off, and what was added of it cannot be taken back")
             continue
-        sums = sums or Sums.of(piece.like, scale)
+        sums = sums or Sums.of(piece.like, scale, piece.within)
         sums.add(piece)
     if sums is None or not sum(sums.weights.values()):
         raise TrainingError("the exact mean needs at least one update with a positive weight, found none")
@@ -189,9 +190,10 @@ class Sums:
     _block: torch.Tensor = field(default_factory=lambda: torch.empty(_BLOCK, dtype=torch.float64))
 
     @staticmethod
-    def of(like: Tensors, scale: int) -> "Sums":
+    def of(like: Tensors, scale: int, values: torch.Tensor | None = None) -> "Sums":
         """Of nothing yet."""
-        return Sums(like, scale, room(sum(tensor.numel() for tensor in like.values()), torch.float64))
+        num = sum(tensor.numel() for tensor in like.values())
+        return Sums(like, scale, room(num, torch.float64) if values is None else values)
 
     def take(self, update: Weighted, number: int, most: float) -> None:
         """Add a whole update, which is none of those before and whose largest magnitude is known."""
@@ -221,6 +223,8 @@ class Sums:
             if not first:
                 self.values[self._num_begun : stop].zero_()
             self._num_begun = stop
+        if first and piece.within is self.values:  # a sum of several ranks, one of which had zeros: there is no -0 in it
+            return
         steps = there if first else self._block[: len(part)]
         if not piece.added:
             steps.copy_(part).mul_(-factor if piece.back else factor).round_()

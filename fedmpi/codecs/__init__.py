@@ -4,7 +4,7 @@ A chain says what is done to the values of one tensor group, stage after stage, 
 
     delta     send the difference from a state that both sides hold
     topk      of each chunk, the share of values that are largest in magnitude: `topk:0.05`; the others are 0
-    a number  bf16, fp16, or by blocks with one scale each int8, int4, int2, nf4: `int8`, `int8:block=64`, `int4:stochastic`
+    a number  bf16, fp16, or by blocks with one scale each int8, int4, int2, nf4, sign: `int8:block=64`, `int4:stochastic`
     shuffle   first bytes of all values, then all second bytes, ...
     a packer  zstd, deflate or gzip: `zstd`, `zstd:9`
     ef        error feedback: what a lossy stage lost is added to what is sent next
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fedmpi.codecs.coder import Coder as Coder
 
 RAW, AUTO = "raw", "auto"  # auto: to be chosen before the first round (fedmpi.codecs.choice)
-BLOCKS = {"int8": 256, "int4": 1024, "int2": 256, "nf4": 64}  # values that share a scale, where the chain does not say
+BLOCKS = {"int8": 256, "int4": 1024, "int2": 256, "nf4": 64, "sign": 256}  # values that share a scale, where the chain does not say
 FLOATS = ("fp32", "bf16", "fp16")
 LEVELS = {"zstd": (1, 22), "deflate": (1, 9), "gzip": (1, 9)}
 FASTEST = 1
@@ -175,12 +175,12 @@ def _share(options: Sequence[str]) -> float:
 def _number(name: str, options: Sequence[str]) -> Number:
     block, stochastic = BLOCKS.get(name, 0), False
     for option in options:
-        if option in ("stochastic", "nearest") and name in BLOCKS and name != "nf4":
+        if option in ("stochastic", "nearest") and name.startswith("int"):
             stochastic = option == "stochastic"
         elif option.startswith("block=") and name in BLOCKS:
             block = int(option.removeprefix("block="))
         else:
-            raise ValueError(f"no option {option!r}; the int stages take block=N, nearest and stochastic, nf4 takes block=N")
+            raise ValueError(f"no option {option!r}; int stages take block=N, nearest and stochastic, nf4 and sign block=N")
     if name in BLOCKS and not (8 <= block <= 1 << 16 and block & (block - 1) == 0):
         raise ValueError(f"block={block}; give a power of two from 8 to 65536")
     return Number(name, block, stochastic)

@@ -1,4 +1,4 @@
-"""How one value is written: whole, as half a float, or in 8, 4 or 2 bits that share a scale with their block.
+"""How one value is written: whole, as half a float, or in 8, 4, 2 or 1 bits that share a scale with their block.
 
 Decoding is a product of two exactly known float32 numbers, so it gives the same bits on every machine. The error of a value x in a
 block whose largest magnitude is m, with `step` the distance of two neighbouring levels (m / 127, m / 7, m / 1):
@@ -7,6 +7,7 @@ block whose largest magnitude is m, with `step` the distance of two neighbouring
     fp16              |x| * 2**-11     (2**-25 below 2**-14); magnitudes from 65520 on are refused
     int8, int4, int2  step / 2 to the nearest level, below one step when rounded at random (whose mean is x)
     nf4               0.152 * m, half the widest gap of its levels
+    sign              the larger of a and m - a, where a is the block's mean magnitude: the one level that loses least
 
 with a few units in the last place of float32 for the scale. This module must never know where the values come from.
 """
@@ -21,7 +22,7 @@ from fedmpi.errors import NonFinite
 
 SCALE_BYTES = 4
 TOP = {"int8": 127, "int4": 7, "int2": 1}  # the largest level; the lowest is its negative
-BITS = {"int8": 8, "int4": 4, "int2": 2, "nf4": 4}
+BITS = {"int8": 8, "int4": 4, "int2": 2, "nf4": 4, "sign": 1}
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,9 +42,14 @@ def write(number: Number, values: torch.Tensor, seed: int) -> torch.Tensor:
     most = blocks.abs().amax(1, keepdim=True)
     if not bool(most.amax().isfinite()):
         raise NonFinite("a value to be sent is not finite")
-    levels = _nf4_levels(blocks, most) if number.name == "nf4" else _int_levels(number, blocks, most, seed)
+    if number.name == "sign":
+        scales, levels = _mean_magnitudes(blocks, values.numel()), (blocks >= 0).to(torch.uint8)
+    elif number.name == "nf4":
+        scales, levels = most, _nf4_levels(blocks, most)
+    else:
+        scales, levels = most / TOP[number.name], _int_levels(number, blocks, most, seed)
     packed = _pack(levels.view(-1)[: values.numel()], BITS[number.name])
-    return torch.cat([_scales(number, most).view(-1).view(torch.uint8), packed])
+    return torch.cat([scales.view(-1).view(torch.uint8), packed])
 
 
 def require(number: Number, values: torch.Tensor) -> None:
@@ -60,7 +66,7 @@ def read(number: Number, data: torch.Tensor, num: int) -> torch.Tensor:
     blocks = -(-num // number.block)
     scales = _aligned(data[: blocks * SCALE_BYTES]).view(torch.float32).view(-1, 1)
     levels = _in_blocks(_unpack(data[blocks * SCALE_BYTES :], BITS[number.name], num), number.block)
-    values = _NF4[levels.int()] if number.name == "nf4" else _around_zero(levels, number).float()
+    values = _NF4[levels.int()] if number.name == "nf4" else _whole_numbers(levels, number).float()
     return values.mul_(scales).view(-1)[:num]
 
 
@@ -77,8 +83,12 @@ def _in_blocks(values: torch.Tensor, block: int) -> torch.Tensor:
     return (torch.nn.functional.pad(values, (0, missing)) if missing else values).view(-1, block)
 
 
-def _scales(number: Number, most: torch.Tensor) -> torch.Tensor:
-    return most if number.name == "nf4" else most / TOP[number.name]
+def _mean_magnitudes(blocks: torch.Tensor, num: int) -> torch.Tensor:
+    """Of each block; of the last one over what is in it."""
+    sums = blocks.abs().sum(1, dtype=torch.float64)
+    sums[:-1] /= blocks.shape[1]
+    sums[-1] /= num - (len(blocks) - 1) * blocks.shape[1]
+    return sums.float()
 
 
 def _int_levels(number: Number, blocks: torch.Tensor, most: torch.Tensor, seed: int) -> torch.Tensor:
@@ -95,7 +105,10 @@ def _int_levels(number: Number, blocks: torch.Tensor, most: torch.Tensor, seed: 
     return levels.clamp_(-top, top).add_(top).to(torch.uint8)
 
 
-def _around_zero(levels: torch.Tensor, number: Number) -> torch.Tensor:
+def _whole_numbers(levels: torch.Tensor, number: Number) -> torch.Tensor:
+    """Levels around zero."""
+    if number.name == "sign":
+        return levels.to(torch.int16).mul_(2).sub_(1)
     top = TOP[number.name]
     return levels.clamp_(max=2 * top).to(torch.int16).sub_(top)
 

@@ -7,10 +7,8 @@ trains, so the deadline of a collective is that of the links. A rank that is los
 This module must never know what is added, or how a collective is made.
 """
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -27,7 +25,6 @@ from fedmpi.tensors import Tensors, room
 from fedmpi.transports.together import SUM_BYTES, Together
 
 NOBODY = -1  # in the ledger: a copy that was for no client
-AHEAD = 2  # parts of a sum that are under way at a time
 
 
 @dataclass
@@ -51,7 +48,7 @@ class Joint:
 
     def spread(self, rnd: Round, tensors: Tensors) -> Tensors:
         """The server's side of a broadcast."""
-        manifest, peers = manifest_of(tensors), self.post.transport.peers
+        manifest, peers = self.post.manifest_of(tensors), self.post.transport.peers
         self.post.send_note(peers, Kind.TOGETHER, manifest, rnd.index, -1, {})
         self._broadcast(rnd, Packed(tensors, manifest).buffer(0, manifest.num_bytes))
         for peer in peers:
@@ -84,8 +81,12 @@ class Joint:
                 self._all.wait(one, f"adding up round {rnd.index}")
 
     def sums(self, answers: Answers) -> Iterator[Piece]:
-        """The server's side: the sum of all ranks, each part while the next is under way."""
-        rnd, post = answers.tally.rnd, self.post
+        """The server's side: the sum of all ranks, in memory for the mean; a part is looked at while the next is under way."""
+        rnd, post, values = answers.tally.rnd, self.post, torch.empty(0, dtype=torch.float64)
+        while answers.missing:
+            answers.hear(answers.next())
+            if len(values) != answers.num:  # what the server itself has to add; now, while others still compute
+                values = room(answers.num, torch.float64).zero_()
         try:
             answers.tally.close()
         except QuorumLost:
@@ -95,18 +96,13 @@ class Joint:
         for peer in post.transport.peers:
             answers.tally.ledger.up[self._whose(peer, sorted(answers.added.get(peer, ())))] += 8 * answers.num
         weight = sum(weight for rank in answers.added.values() for weight in rank.values())
-        under_way: deque[tuple[int, torch.Tensor, Any]] = deque()
-        firsts = deque(range(0, answers.num, SUM_BYTES // 8))
-        while firsts or under_way:
-            if firsts and len(under_way) < AHEAD:
-                first = firsts.popleft()
-                values = room(min(SUM_BYTES // 8, answers.num - first), torch.float64).zero_()
-                under_way.append((first, values, self._all.add(values)))
-                continue
-            first, values, begun = under_way.popleft()
+        parts = torch.split(values, SUM_BYTES // 8)
+        begun, first = [self._all.add(part) for part in parts], 0
+        for one, part in zip(begun, parts, strict=True):
             with post.apart():
-                self._all.wait(begun, f"adding up round {rnd.index}")
-            yield answers.piece(SERVER, weight, first, values)
+                self._all.wait(one, f"adding up round {rnd.index}")
+            yield answers.piece(SERVER, weight, first, part, values)
+            first += len(part)
 
     def _call(self, rnd: Round, answers: Answers, num: int) -> None:
         """Everybody to the sum; of nothing where too few have an update."""
@@ -140,8 +136,6 @@ class Added:
         if self.joint is None:
             yield from self.answers.arriving()
             return
-        while self.answers.missing:
-            self.answers.hear(self.answers.next())
         yield from self.joint.sums(self.answers)
 
     def __iter__(self) -> Iterator[Update]:

@@ -77,7 +77,7 @@ class Post:
 
         To one peer, chunks are put together on the way; for several, before it, lest each of them has its own.
         """
-        manifest = self._manifest(tensors)
+        manifest = self.manifest_of(tensors)
         for peer in peers:
             self._announce(peer, manifest)
         header = Header(kind, round_index, client, manifest.num_bytes, manifest.hash)
@@ -127,7 +127,7 @@ class Post:
                 return unpack(values.view(torch.uint8), decoding.manifest)
             message = self.receive({message.peer}, phase)
 
-    def _manifest(self, tensors: Tensors) -> Manifest:
+    def manifest_of(self, tensors: Tensors) -> Manifest:
         """That of the tensors sent last, where these are alike: making one takes longer than sending a small adapter."""
         layout = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
         if self._last is None or self._last[0] != layout:

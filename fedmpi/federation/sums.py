@@ -21,7 +21,7 @@ from fedmpi.federation.conductor import weight_of
 from fedmpi.federation.post import Post, content
 from fedmpi.federation.turns import tell
 from fedmpi.federation.updates import Failure, Update
-from fedmpi.manifest import Manifest, manifest_of
+from fedmpi.manifest import Manifest
 from fedmpi.messages import Kind
 from fedmpi.round import SERVER, Placement, Round
 from fedmpi.tensors import Tensors
@@ -50,7 +50,7 @@ class Own:
     def hand_in(self, post: Post, outcomes: Iterable[Update | Failure]) -> None:
         """Add the updates as their turns end, and tell the server of each at once."""
         for outcome in outcomes:
-            added = outcome if isinstance(outcome, Failure) else self._added(outcome)
+            added = outcome if isinstance(outcome, Failure) else self._added(outcome, post)
             if isinstance(added, Failure):
                 tell(post, self.rnd, added)
                 continue
@@ -58,7 +58,7 @@ class Own:
             assert self.manifest is not None
             post.send_note((SERVER,), Kind.ADDED, self.manifest, self.rnd.index, added.client, note)
 
-    def _added(self, update: Update) -> Update | Failure:
+    def _added(self, update: Update, post: Post) -> Update | Failure:
         """The update with its weight, now that it is in the sum; or why it is not."""
         try:
             most = whole(self.check(update.client, update.tensors), update.tensors)
@@ -67,7 +67,7 @@ class Own:
         examples = self.terms.num_examples[update.client]
         weighed = replace(update, weight=weight_of(self.terms.weights, examples, update.metrics.get("examples", 0.0)))
         if self.sums is None:
-            self.manifest = manifest_of(update.tensors)
+            self.manifest = post.manifest_of(update.tensors)
             self.sums = Sums.of(self.manifest.like, self.rnd.scale)
         self.sums.take(weighed, update.client, most)
         return weighed
@@ -151,10 +151,10 @@ class Answers:
         """Elements of an update."""
         return 0 if self.manifest is None else sum(tensor.numel() for tensor in self.manifest.like.values())
 
-    def piece(self, peer: int, weight: int, first: int, values: torch.Tensor) -> Piece:
+    def piece(self, peer: int, weight: int, first: int, values: torch.Tensor, within: torch.Tensor | None = None) -> Piece:
         """Elements of a rank's sum, for the exact mean."""
         assert self.manifest is not None
-        return Piece(peer, weight, self.manifest.like, first, values, added=True)
+        return Piece(peer, weight, self.manifest.like, first, values, added=True, within=within)
 
     def arriving(self) -> Iterator[Piece]:
         """The sums as they come over the links, those of several ranks in turn, while others still compute; then the verdict."""

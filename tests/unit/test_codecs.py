@@ -14,8 +14,8 @@ from fedmpi.codecs.coder import Coder
 from fedmpi.errors import ConfigError, NonFinite, ProtocolError
 
 CHAINS = (
-    *("raw", "bf16", "fp16", "int8", "int4", "int2", "nf4", "int8:stochastic", "int4:block=8", "nf4:block=8"),
-    *("topk:0.1", "topk:0.02,int8", "topk:0.3,bf16,shuffle,zstd", "topk:0.01,nf4,deflate"),
+    *("raw", "bf16", "fp16", "int8", "int4", "int2", "nf4", "sign", "int8:stochastic", "int4:block=8", "nf4:block=8"),
+    *("topk:0.1", "topk:0.02,int8", "topk:0.3,bf16,shuffle,zstd", "topk:0.01,nf4,deflate", "topk:0.2,sign"),
     *("zstd", "shuffle,zstd:3", "bf16,shuffle,gzip", "int4,zstd", "int2,deflate:9", "delta,int8,ef,zstd"),
 )
 LOSSLESS = ("raw", "zstd", "shuffle,zstd", "deflate", "shuffle,gzip")
@@ -38,6 +38,9 @@ def step_of(number: Number, values: torch.Tensor) -> torch.Tensor:
     most = wide.abs().max(1, keepdim=True).values.expand_as(wide).reshape(-1)[: len(values)]
     if number.name == "nf4":
         return most * 0.152
+    if number.name == "sign":
+        mean = torch.cat([block.abs().mean().expand_as(block) for block in values.split(number.block)] or [values])
+        return torch.maximum(mean, most - mean)
     step = most / numbers.TOP[number.name]
     return step if number.stochastic else step / 2
 
@@ -72,7 +75,7 @@ def test_lossless_chains_keep_every_bit(text: str, bits: list[float]) -> None:
     assert torch.equal(back.view(torch.int32), values.view(torch.int32))
 
 
-@pytest.mark.parametrize("text", ["bf16", "int8", "int4", "int2", "nf4", "topk:0.5,int4", "int4:stochastic"])
+@pytest.mark.parametrize("text", ["bf16", "int8", "int4", "int2", "nf4", "sign", "topk:0.5,int4", "int4:stochastic"])
 @given(values=st.lists(st.floats(width=32, min_value=-6e4, max_value=6e4), min_size=1, max_size=600))
 @settings(max_examples=25, deadline=None)
 def test_any_finite_values_stay_finite_and_near(text: str, values: list[float]) -> None:
@@ -93,7 +96,7 @@ def test_denormals_and_values_that_are_not_contiguous() -> None:
         assert bytes(Coder(parse(text)).encode(every_second)) == bytes(Coder(parse(text)).encode(every_second.contiguous()))
 
 
-@pytest.mark.parametrize("text", ["bf16", "fp16", "int8", "int4", "nf4", "topk:0.5,int8"])
+@pytest.mark.parametrize("text", ["bf16", "fp16", "int8", "int4", "nf4", "sign", "topk:0.5,int8"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_not_sent(text: str, bad: float) -> None:
     values = some(300)
@@ -128,7 +131,7 @@ def test_sizes_are_what_the_chain_says() -> None:
     size = {text: len(Coder(parse(text)).encode(values)) * 8 / num for text in CHAINS}
     assert size["raw"] == 32 and size["bf16"] == 16
     assert size["int8"] == 8 + 32 / 256 and size["int4"] == 4 + 32 / 1024 and size["int2"] == 2 + 32 / 256
-    assert size["nf4"] == 4 + 32 / 64
+    assert size["nf4"] == 4 + 32 / 64 and size["sign"] == 1 + 32 / 256
     assert size["int4,zstd"] < 3.3  # of a normal distribution; its entropy at this step is about 3.1
 
 
