@@ -83,6 +83,23 @@ def test_a_killed_rank_is_left_behind_and_comes_back_when_it_is_started_again(tm
     assert [line["rank"] for line in events_of(tmp_path, "rank_back")] == [2, 3]
 
 
+@pytest.mark.parametrize("how", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=["stopped", "killed"])
+def test_a_rank_that_is_lost_from_collectives_ends_the_job_on_every_rank(how: signal.Signals, tmp_path: Path) -> None:
+    """Whoever is inside a collective with it comes out, and says who is missing; a stopped rank ends when it goes on."""
+    wanted = ("--rounds=4000", "--exchange=collective", "--aggregation.record_error=false", "--timeout_s=10")
+    port, output = free_port(), tmp_path / "output.txt"
+    with ExitStack() as stack:
+        command = [sys.executable, *PROGRAM, *OPTIONS, *wanted]
+        ranks = [stack.enter_context(started(command, tmp_path, **by_hand(rank, 3, port))) for rank in range(3)]
+        wait_for(lambda: rounds_of(tmp_path / "run"), ranks[0], "a committed round")
+        ranks[2].send_signal(how)
+        assert [rank.wait(LAUNCH_S) for rank in ranks[:2]] == [1, 1], output.read_text()[-6000:]
+        ranks[2].send_signal(signal.SIGCONT)
+        assert ranks[2].wait(LAUNCH_S) in ((1,) if how == signal.SIGSTOP else (-how,))
+    said = output.read_text()
+    assert "Traceback" not in said and said.count("rank 2 " + ("gave no sign of life" if how == signal.SIGSTOP else "is gone")) >= 2
+
+
 def worker(agent: subprocess.Popen[str], rank: int, variable: str) -> psutil.Process:
     """The process of a rank among those below a launcher."""
     for process in psutil.Process(agent.pid).children(recursive=True):

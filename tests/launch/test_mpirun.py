@@ -13,21 +13,26 @@ OPEN_MPI = Path(sys.prefix)
 MPICH = Path(os.environ.get("FEDMPI_TEST_MPICH", f"{sys.prefix}-mpich"))
 
 
+COLLECTIVE, SUMS = (("--exchange", exchange, "--aggregation.record_error=false") for exchange in ("collective", "sums"))
+
+
 def environment_of(mpi: Path) -> dict[str, str]:
     if not (mpi / "bin" / "mpirun").exists():
         pytest.skip(f"no {mpi / 'bin' / 'mpirun'}: launch/test.sh makes this environment")
     return {"VENV": str(mpi)}
 
 
-@pytest.mark.parametrize(("mpi", "name"), [(OPEN_MPI, "Open MPI"), (MPICH, "MPICH")], ids=["openmpi", "mpich"])
-def test_four_ranks_give_the_same_bytes(mpi: Path, name: str, tmp_path: Path, expected: str) -> None:
-    output = run(MPIRUN, tmp_path, **environment_of(mpi))
+@pytest.mark.parametrize(
+    ("mpi", "name", "more"), [(OPEN_MPI, "Open MPI", COLLECTIVE), (MPICH, "MPICH", ())], ids=["openmpi-collective", "mpich-star"]
+)
+def test_four_ranks_give_the_same_bytes(mpi: Path, name: str, more: tuple[str, ...], tmp_path: Path, expected: str) -> None:
+    output = run([*MPIRUN, *more], tmp_path, **environment_of(mpi))
     assert f"4 ranks from mpirun of {name}, transport mpi" in output
     assert adapter_of(tmp_path / "run") == expected
 
 
-def test_torch_links_under_mpirun(tmp_path: Path, expected: str) -> None:
-    output = run([*MPIRUN, "--transport", "torch"], tmp_path, **environment_of(OPEN_MPI))
+def test_torch_links_and_sums_under_mpirun(tmp_path: Path, expected: str) -> None:
+    output = run([*MPIRUN, *SUMS, "--transport", "torch"], tmp_path, **environment_of(OPEN_MPI))
     assert "4 ranks from mpirun of Open MPI, transport torch" in output
     assert adapter_of(tmp_path / "run") == expected
 

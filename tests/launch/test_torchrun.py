@@ -30,9 +30,9 @@ def standalone(ranks: int) -> list[str]:
     return [*TORCHRUN, "--standalone", "--nproc_per_node", str(ranks), *PROGRAM, "--run_dir", "run"]
 
 
-@pytest.mark.parametrize("ranks", [2, 7])  # 4 is what the quickstart starts
-def test_every_number_of_ranks_gives_the_same_bytes(ranks: int, tmp_path: Path, expected: str) -> None:
-    output = run(standalone(ranks), tmp_path)
+@pytest.mark.parametrize(("ranks", "exchange"), [(2, "sums"), (7, "collective")])  # 4 and the star are what the quickstart starts
+def test_every_number_of_ranks_and_way_gives_the_same_bytes(ranks: int, exchange: str, tmp_path: Path, expected: str) -> None:
+    output = run([*standalone(ranks), "--exchange", exchange, "--aggregation.record_error=false"], tmp_path)
     assert f"{ranks} ranks from torchrun, transport torch" in output
     assert adapter_of(tmp_path / "run") == expected
 
