@@ -6,8 +6,8 @@ Needs root, `ip`, `tc` (tbf) and /dev/net/tun. Two namespaces are joined by one 
 the server's rate. The link is a pair of tun devices between which this program carries packets, each after half of --rtt_ms (as
 netem would, which not every kernel has), or a veth pair where that is 0. torchrun starts a node in each: the server in one, ranks
 with four clients between them in the other. A client's turn is a sleep; a rank that hosts more of them sleeps as long in all, so
-that its first update travels while the next client is at work. What is exposed is the time of a round beyond that sleep, seen by the
-server: both ways, the mean, and waking up. Values are normally distributed and change in every round. The first round, whose
+that its first update travels while the next client is at work. What is exposed is the time of a round beyond that sleep, seen by
+the server: both ways, the mean, and waking up. Values are normally distributed and change in every round. The first round, whose
 broadcast is no difference, is not counted. With `--codec auto` the chain is chosen as the program does it. One JSON line per case.
 """
 
@@ -32,12 +32,13 @@ from pathlib import Path
 import ranks
 import torch
 
-from fedmpi import choosing, transports
+from fedmpi import transports
 from fedmpi.codecs import AUTO
 from fedmpi.federation.post import Post
 from fedmpi.federation.updates import Update
-from fedmpi.recipe import Recipe
 from fedmpi.round import SERVER
+from fedmpi.sessions import choosing
+from fedmpi.settings.recipe import Recipe
 from fedmpi.world import from_environment
 
 CHAINS = ("raw", "int8", "delta,int4,ef,zstd", "delta,topk:0.1,int4,ef,zstd")
@@ -92,14 +93,8 @@ def measure(asked: argparse.Namespace, transport: transports.base.Transport) -> 
         exposed_s = statistics.median(seconds[WARM_UP:]) - asked.step_s
         ranks.show(
             {
-                **{
-                    "codec": codec,
-                    "mbps": asked.mbps,
-                    "rtt_ms": asked.rtt_ms,
-                    "ranks": transport.size - 1,
-                    "clients": CLIENTS,
-                    "mib": asked.mib,
-                },
+                **{"codec": codec, "mbps": asked.mbps, "rtt_ms": asked.rtt_ms, "ranks": transport.size - 1},
+                **{"clients": CLIENTS, "mib": asked.mib},
                 "mib_per_round": (sent[-1] - sent[WARM_UP - 1]) / asked.rounds / 2**20,
                 **{"step_s": asked.step_s, "rounds_s": [round(one, 2) for one in seconds[WARM_UP:]]},
                 **{"exposed_s": exposed_s, "exposed_share": exposed_s / (exposed_s + asked.step_s)},
