@@ -39,6 +39,7 @@ Robust = Literal[
 ]  # fmt: skip
 Optimizer = Literal["none", "avgm", "adam", "yogi", "adagrad"]
 FOLDING = ("fedex", "flora")  # these rules change the base
+HALVES = ("rolora",)  # these move one factor of each pair in a round
 
 
 @dataclass(frozen=True)

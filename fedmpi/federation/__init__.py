@@ -6,6 +6,7 @@ lockstep    Federation: rounds, broadcast, gather; the same calls in the same or
 conductor   the server's decisions: cohort, verdict, stop
 joint       broadcasts and sums by collectives of all ranks
 meeting     greeting, welcome, farewell; where the ranks of one client sit down together
+moved       a broadcast leaves out what its receiver had in the one before
 outbox      an update leaves while the next client trains
 owned       state that clients own, provisional until it counts
 post        JSON and tensors as messages over a transport, each under an agreed manifest

@@ -19,6 +19,7 @@ from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.ground import Ground, Levelling
 from fedmpi.federation.joint import Added, Joint
 from fedmpi.federation.meeting import About, Meeting
+from fedmpi.federation.moved import Moved
 from fedmpi.federation.outbox import Outbox
 from fedmpi.federation.owned import Owned
 from fedmpi.federation.post import Post, content
@@ -47,6 +48,7 @@ class Federation:
     ground: Ground | None = None  # what each process holds once and the server may change
     up: Chains = field(default_factory=Chains)  # what updates are coded by
     down: Chains = field(default_factory=Chains)  # and broadcasts
+    halves: bool = False  # rounds move a part of what is broadcast, and who had the broadcast before is sent that part alone
     terms: Terms | None = None  # where ranks add up what their own clients made
     collective: bool = False  # and the sums of all ranks, like broadcasts, go by collectives
     answer: scores.Answer | None = None  # how clients that live here score what the server asks about, on rows of their own
@@ -65,7 +67,8 @@ class Federation:
         self.downlink = Downlink(self.down)
         self._sent: Tensors = {}  # the round's broadcast, where updates are compared with it
         self._standing: dict[int, str] = {}  # on the server: which state of each client counts, by digest
-        self._held: Tensors = {}  # the last broadcast that came here, where broadcasts are differences
+        self._held: Tensors = {}  # the last broadcast that came here, where the next one may stand on it
+        self._moved = Moved() if self.halves and self.down.raw and self._joint is None else None
         self._levelling = Levelling(self.ground, self.placement) if self.ground is not None else None
         self.roll = Roll(self.placement, self.post, self.ledger, self.goes_on) if self.post and self.rank == SERVER else None
 
@@ -112,7 +115,9 @@ class Federation:
             post.expected(message, Kind.BROADCAST, rnd.index)
             received = post.keep(message) if self._meeting.leads else None
         message.release()
-        self._held = received if received is not None and self.down.delta else {}
+        if received is not None and self._moved is not None:
+            received = {**self._held, **received}
+        self._held = received if received is not None and (self.down.delta or self._moved is not None) else {}
         if self._meeting.inner is not None:
             return self._meeting.inner.share(received)
         assert received is not None
@@ -229,6 +234,8 @@ class Federation:
         said = self.post.json(self.post.expected(greeting, Kind.HELLO, -1))
         self._meeting.readmit(peer, said, self._standing, self.post)
         self.downlink.forget(peer)
+        if self._moved is not None:
+            self._moved.forget(peer)
         if self._levelling is not None:
             self._levelling.forget(peer)
 
@@ -296,11 +303,15 @@ class Federation:
             self.post.send_coded(sorted(able), coded, rnd.index)
         decoded = tensors if coded is None else coded.finished().tensors
         self.downlink.told(first)
-        sizes = {c: coded.num_bytes if coded and h in able else num_bytes(decoded) for h, c in first.items()}
+        whole = first.keys() - able
+        parts = [(decoded, whole)] if self._moved is None else self._moved.parts(decoded, whole)
+        sizes = {first[holder]: num_bytes(part) for part, holders in parts for holder in holders}
+        sizes |= {first[holder]: coded.num_bytes for holder in able} if coded is not None else {}
         if self.post is None:
             self.ledger.down.update(sizes)
             return decoded
-        self.post.send_tensors(sorted(first.keys() - able), Kind.BROADCAST, decoded, rnd.index)
+        for part, holders in parts:
+            self.post.send_tensors(sorted(holders), Kind.BROADCAST, part, rnd.index)
         for leader in first:  # members wait on their own link until it is time to turn to their leader
             self.post.send_bytes(self.placement.seat_of(leader)[1:], Kind.BROADCAST, b"", rnd.index)
         self.ledger.down.update({c: sizes[c] for h, c in first.items() if self.roll is None or h not in self.roll.gone})

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from fedmpi.models import Outline
 
 SENT_BYTES = 4  # what is trained travels in fp32
-STATES = {"adamw": 2, "adam": 2, "sgd": 0}  # an optimiser's values per trained one
+# what an optimiser remembers of each trained value; the scales of 8-bit blocks, a 64th of it, are left out
+STATE_BYTES = {"adamw": 8, "adam": 8, "sgd": 0, "adamw8bit": 2, "paged_adamw": 8, "paged_adamw8bit": 2}
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Plan:
     down_bytes: int
     up_bytes: int
     up_odd_bytes: int  # in odd rounds: RoLoRA's other factor
+    down_moved_bytes: tuple[int, ...]  # in odd rounds and in even ones, to who had the broadcast before, where a round moves half
     up_bytes_by_rank: Mapping[int, int]  # with peft.client_ranks
     once_bytes: int
     down_most_bytes: int  # a broadcast under the codec: exact where nothing is packed or chosen, else the most that it can take
@@ -98,6 +100,7 @@ def build(wanted: Recipe, own: Any, ranks: int | None = None) -> Plan:
         down_bytes=size_of(down),
         up_bytes=size_of(up),
         up_odd_bytes=size_of(odd),
+        down_moved_bytes=(size_of(up), size_of(odd)) if _halves(wanted) else (),
         up_bytes_by_rank={rank: size_of(message(aggregation.narrowed(dict(outline.up), rank))) for rank in _ranks(wanted)},
         once_bytes=sum(tensor.numel() * tensor.element_size() for tensor in outline.once.values()),
         down_most_bytes=_coded(wanted.chain("down"), told),
@@ -151,6 +154,11 @@ def _told(wanted: Recipe, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, t
     return {name: tensors[name] for name in aggregation.told(tensors, wanted.aggregation.rule)}
 
 
+def _halves(wanted: Recipe) -> bool:
+    """Whether the broadcast leaves out what the last round did not move: an optimiser's momentum moves all, a codec takes all."""
+    return wanted.aggregation.rule in aggregation.HALVES and wanted.server_optimizer == "none" and wanted.chain("down").raw
+
+
 def _coded(chains: Chains, tensors: "Mapping[str, torch.Tensor]") -> int:
     """The most that these tensors take on their way."""
     from fedmpi.federation.coding import CHUNK_BYTES, Code
@@ -191,13 +199,13 @@ def client_side(wanted: Recipe, model: Any, whole: int) -> Side:
     length = wanted.data.max_length
     with models.only(model, _moving(wanted, models.trained(model), 0)):
         step = costs.step_of(model, wanted.train.batch_size, length)
-    copies = 1 + STATES[wanted.train.optimizer] + 2
+    each = 3 * SENT_BYTES + STATE_BYTES[wanted.train.optimizer]
     side = _side(
         "client",
         model,
         whole,
         wanted.model.quantization,
-        lambda held, trained: held + SENT_BYTES * copies * trained + step.kept_bytes,
+        lambda held, trained: held + each * trained + step.kept_bytes,
     )
     paper = costs.paper_count(costs.layers_of(model)) if wanted.peft.method == "lora" else None
     return replace(side, paper_macs_per_token=paper, flops_per_token=step.work.of([length]) // length)

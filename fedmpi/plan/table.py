@@ -63,6 +63,9 @@ def _lines(plan: Plan) -> list[str]:
         lines.append(f"  coded, at most {plan.down_most_bytes:,} bytes down and {plan.up_most_bytes:,} up")
     if plan.up_odd_bytes != plan.up_bytes:
         lines.append(f"  in odd rounds up {plan.up_odd_bytes:,} bytes")
+    if plan.down_moved_bytes:
+        odd, even = plan.down_moved_bytes
+        lines.append(f"  down to who had the round before: {odd:,} bytes in odd rounds, {even:,} in even ones")
     lines += [f"  up from a client of rank {rank}: {num:,} bytes" for rank, num in plan.up_bytes_by_rank.items()]
     lines += ["  and down what the rule folds into the base, which grows with the cohort's ranks"] if plan.folds else []
     lines += [f"before the first round, to each client: {_bytes(plan.once_bytes)}"] if plan.once_bytes else []

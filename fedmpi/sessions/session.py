@@ -68,6 +68,7 @@ class Session:
         fed = Federation(
             placement, rank, self.post, vault=vault, near=self.near, ground=folds, answer=answer, device=self.host.base.device,
             up=recipe.chain("up"), down=recipe.chain("down"), collective=way.exchange == "collective",
+            halves=self.host.rules.rule in aggregation.HALVES,
             terms=None if way.exchange == "star" else Terms(recipe.weights, num_examples, self.host.own_check),
             goes_on=self.goes_on and way.exchange == "star", patience_s=recipe.timeout_s,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,10 @@ from cluster import Cluster
 from program import LAUNCH_S, RECIPE, REPOSITORY, TORCHRUN, run
 from test_mpirun import MPICH, OPEN_MPI, environment_of
 from test_slurm import of_the_program
+
+from fedmpi.plan import figures
+from fedmpi.plan.figures import Plan
+from fedmpi.settings import recipe
 
 pytestmark = pytest.mark.timeout(600)
 HOOK = '''
@@ -40,6 +44,14 @@ SETTINGS = (
 def rounds(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
     return [line for line in lines if "event" not in line]
+
+
+def planned(asked: Sequence[str]) -> Plan:
+    """What is planned for five ranks, two for each client."""
+    wanted, own = recipe.read([*SETTINGS, *(setting for setting in asked if "hooks" not in setting)], "test", "")
+    plan = figures.build(wanted, own, ranks=5)
+    assert plan.placement == {0: (), 1: (0,), 2: (0,), 3: (1,), 4: (1,)}
+    return plan
 
 
 def start(launcher: str, slurm: Callable[[], Cluster], folder: Path, *settings: str) -> str:
@@ -84,6 +96,9 @@ def test_a_member_that_raises_costs_its_client_one_round(
     assert first["counted"] == third["counted"] == [0, 1]
     assert second["counted"] == [1]
     assert second["failures"] == {"0": "RuntimeError: rank 2: this member breaks"}
+    plan = planned(asked)
+    for line in (first, second, third):  # a whole adapter of each client, whoever held it in parts; down a copy for each leader
+        assert (line["up_bytes"], line["down_bytes"]) == (len(line["counted"]) * plan.up_bytes, 2 * plan.down_bytes)
     assert second["seconds"] < 50  # of 60: nobody waited for the timeout
     assert output.count("Traceback") == 1  # its leader fails only because of it
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()

@@ -16,6 +16,7 @@ METHODS = {
     "lora": ["--peft.rank=4"],
     "prompt": ["--peft.method=prompt", "--peft.num_virtual_tokens=4"],
     "ffa": ["--aggregation.rule=ffa"],  # A goes neither up nor down
+    "rolora": ["--aggregation.rule=rolora"],  # one factor in turn goes up, and down to who had the round before
     "int8": ["--codec=int8"],
     "scaffold": ["--algorithm=scaffold", "--train.optimizer=sgd", "--train.lr=0.1"],
 }
@@ -33,13 +34,17 @@ def test_the_plan_of_a_run_is_its_ledger(name: str, model_folder: Path, tmp_path
     rows = [row for client in parties.clients for row in client.train]
     lengths = [len(example.input_ids) for example in tokenize(rows, load_tokenizer(wanted.model), wanted.data)[0]]
     shapes = same_for_all(load_shapes(wanted.model), wanted.peft).client
-    with only(shapes, aggregation.trained(trained(shapes), wanted.aggregation.rule, 0)):
-        flops = costs.step_of(shapes, 1, 8).work.of(lengths)
-    for line in (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()):
-        if "event" not in line:
-            assert line["up_bytes"] == 3 * plan.up_most_bytes
-            assert line["down_bytes"] == 2 * plan.down_most_bytes  # a copy for each rank that hosts clients
-            assert (line["tokens"], line["flops"]) == (sum(lengths), flops)
+    up, down = [plan.up_most_bytes] * 2, [plan.down_most_bytes] * 2
+    if plan.down_moved_bytes:
+        up[1], down[1] = plan.up_odd_bytes, plan.down_moved_bytes[0]
+        assert down[1] == plan.up_bytes < plan.down_bytes == up[0] + up[1]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    for line in (line for line in lines if "event" not in line):
+        with only(shapes, aggregation.trained(trained(shapes), wanted.aggregation.rule, line["round"])):
+            flops = costs.step_of(shapes, 1, 8).work.of(lengths)
+        assert line["up_bytes"] == 3 * up[line["round"]]
+        assert line["down_bytes"] == 2 * down[line["round"]]  # a copy for each rank that hosts clients
+        assert (line["tokens"], line["flops"]) == (sum(lengths), flops)
 
 
 @pytest.mark.parametrize("name", ["fedot", "fedbiot"])

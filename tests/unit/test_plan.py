@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import get_args
 
 import pytest
 
@@ -12,6 +13,7 @@ from fedmpi.offsite.shapes import outline
 from fedmpi.plan import figures
 from fedmpi.plan.__main__ import main
 from fedmpi.settings import recipe
+from fedmpi.training import Optimizer
 
 LLAMA_7B = {
     **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 4096},
@@ -106,6 +108,9 @@ def test_rules_and_ranks_change_what_goes_up(small):
         found = figures.build(*read(f"--model.path={small}", f"--aggregation.rule={rule}"))
         assert (found.up_bytes, found.up_odd_bytes) == (sum(size[f] for f in even), sum(size[f] for f in odd))
         assert found.down_bytes == size["B"] + (size["A"] if rule != "ffa" else 0) and found.folds == (rule == "fedex")
+    halves = [("--aggregation.rule=rolora",), ("--aggregation.rule=rolora", "--server_optimizer=avgm"), ("--codec=int8",)]
+    moved = [figures.build(*read(f"--model.path={small}", *asked)).down_moved_bytes for asked in halves]
+    assert moved == [(size["B"], size["A"]), (), ()]
     ffa, mean = (figures.build(*read(f"--model.path={small}", f"--aggregation.rule={rule}")) for rule in ("ffa", "mean"))
     assert ffa.sides[1].flops_per_token < mean.sides[1].flops_per_token
     found = figures.build(*read(f"--model.path={small}", "--peft.client_ranks=2,8", "--aggregation.rule=flora"))
@@ -121,6 +126,14 @@ def test_a_codec_says_at_most_and_a_quantised_base_is_held_in_fewer_bytes(small)
     assert packed.up_most_bytes >= packed.up_bytes == raw.up_bytes
     held = [figures.build(*read(f"--model.path={small}", f"--model.quantization={q}")).sides[1].held_bytes for q in ("int8", "nf4")]
     assert max(held) < raw.sides[1].held_bytes  # of matrices as small as these, tables take most in nf4
+
+
+def test_what_an_optimiser_remembers_is_a_part_of_the_peak(small):
+    peak = {name: figures.build(*read(f"--model.path={small}", f"--train.optimizer={name}")) for name in get_args(Optimizer)}
+    trained = peak["sgd"].sides[1].trained_parameters
+    found = {name: (plan.sides[1].peak_bytes - peak["sgd"].sides[1].peak_bytes) / trained for name, plan in peak.items()}
+    eight = {"adamw8bit": 2, "paged_adamw8bit": 2}
+    assert found == {"adamw": 8, "adam": 8, "sgd": 0, "paged_adamw": 8} | eight
 
 
 def test_scaffolds_control_variates_travel_too(small):
