@@ -128,14 +128,18 @@ def compiled_go() -> Path:
     library = (Path("/var/cache") if os.geteuid() == 0 else own) / "fedmpi" / "go"
     source = "package main\n" + "".join(f'import _ "{name}"\n' for name in (*GO_PACKAGES, "testing", TESTIFY))
     try:
-        library.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "all_test.go").write_text(source, encoding="utf-8")
+        for folder in (library.parent, library):
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o755)
+        with tempfile.TemporaryDirectory() as home:
+            Path(home, "all_test.go").write_text(source, encoding="utf-8")
             build = [*GO_TEST, "-c", "-o", os.devnull, "all_test.go"]
-            env = {"PATH": BOX_PATH, "HOME": folder, **_go_env(library)}  # as in a box, or Go would compile it anew there
-            subprocess.run(build, cwd=folder, env=env, timeout=LIBRARY_S, capture_output=True, text=True, check=True)
-    except subprocess.CalledProcessError as error:
-        raise DataError(f"Go cannot compile its library into {library}: {' '.join(error.stderr.split())[:300]}") from None
+            env = {"PATH": BOX_PATH, "HOME": home, **_go_env(library)}  # as in a box, or Go would compile it anew there
+            told = subprocess.run(
+                build, cwd=home, env=env, umask=0o022, timeout=LIBRARY_S, capture_output=True, text=True, check=False
+            )
+        if told.returncode:
+            raise DataError(f"Go cannot compile its library into {library}: {' '.join(told.stderr.split())[:300]}")
     except (OSError, subprocess.TimeoutExpired) as error:
         raise DataError(f"Go cannot compile its library into {library}: {error}") from None
     return library

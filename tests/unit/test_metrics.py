@@ -1,11 +1,57 @@
-"""Each metric against numbers worked out by hand, and against a second way to compute it."""
+"""Each metric against numbers worked out by hand, and against other people's programs.
 
+What these gave for predictions.jsonl stands in that file: rouge-score 0.1.2 (without stemming), nltk 3.10.4 (F of sets of words),
+scikit-learn 1.9.1 (NDCG, and the precision of a ranking with one relevant result, which is its reciprocal rank), and SQuAD's normal
+form as lm-eval 0.4 has it. Where they are installed (pip install 'fedmpi[eval]') they are asked again.
+"""
+
+import json
 import math
 from itertools import permutations
+from pathlib import Path
 
+import numpy
 import pytest
 
-from fedmpi.evaluation.metrics import best, exact, f1, ndcg, normal, quasi_exact, reciprocal_rank, rouge2
+from fedmpi.evaluation.metrics import OF_RANKS, OF_TEXT, best, exact, f1, ndcg, normal, quasi_exact, reciprocal_rank, rouge2
+
+PREDICTIONS = [json.loads(line) for line in Path(__file__).with_name("predictions.jsonl").read_text("utf-8").splitlines()]
+
+
+def ours(case: dict) -> dict[str, float]:
+    if "relevant" in case:
+        return {name: metric(case["relevant"]) for name, metric in OF_RANKS.items()}
+    return {name: OF_TEXT[name](case["gold"], case["said"]) for name in case["scores"]}
+
+
+def theirs(case: dict) -> dict[str, float]:
+    reason = "rouge-score, nltk and scikit-learn come with pip install 'fedmpi[eval]'"
+    rouge, nltk = (pytest.importorskip(name, reason=reason) for name in ("rouge_score.rouge_scorer", "nltk.metrics.scores"))
+    ranking = pytest.importorskip("sklearn.metrics", reason=reason)
+    form = pytest.importorskip("lm_eval.tasks.qasper.metrics", reason=reason).normalize_answer
+    if "relevant" in case:
+        gains = numpy.array([case["relevant"]], dtype=float)
+        order = numpy.arange(gains.size, 0, -1.0)[None]
+        first = ((gains > 0).cumsum(1) == 1) & (gains > 0) & (numpy.arange(gains.size) < 10)
+        rank = ranking.label_ranking_average_precision_score(first, order) if first.any() else 0.0
+        return {"rr@10": rank, "ndcg@10": ranking.ndcg_score(gains, order, k=10)}
+    gold, said = form(case["gold"]), form(case["said"])
+    pairs = rouge.RougeScorer(["rouge2"], use_stemmer=False).score(case["gold"], case["said"])["rouge2"].fmeasure
+    return {
+        **{"quasi_exact_match": float(gold == said), "f1": nltk.f_measure(set(gold.split()), set(said.split())) or 0.0},
+        "rouge2": pairs,
+    }
+
+
+def test_predictions_have_the_scores_that_others_gave_them():
+    assert {name for case in PREDICTIONS for name in case["scores"]} == {*OF_TEXT, *OF_RANKS} - {"exact_match"}
+    for case in PREDICTIONS:
+        assert ours(case) == pytest.approx(case["scores"], abs=1e-9), case
+
+
+def test_others_still_give_them():
+    for case in PREDICTIONS:
+        assert theirs(case) == pytest.approx(case["scores"], abs=1e-9), case
 
 
 def test_normal_form():
