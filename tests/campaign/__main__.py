@@ -4,18 +4,20 @@
 
 Every run is started again, as a batch system would, until it ends; each start has a time limit beyond which it hangs. A run that
 lost contributions must end in the bytes of one without faults in which the same contributions are lost. Results stand in
-OUT/results.jsonl, one line per run; a campaign that was stopped goes on behind the last of them. `--without NAME` switches a
-protection off (see unprotected.py): then something must be wrong.
+OUT/results.jsonl, one line per run; a campaign that was stopped goes on with those that are not there. Much of a run is waiting:
+`--at_once N` works on several. `--without NAME` switches a protection off (see unprotected.py): then something must be wrong.
 """
 
 import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,9 @@ from tests.campaign import history, jobs, report
 from tests.campaign.faults import DEADLINE_S, Fault
 from tests.campaign.plan import NUM_ROUNDS, Planned, plan
 from tests.campaign.unprotected import PROTECTIONS
-from tests.lockstep.conftest import write_model
 
 FINISHED = 0
-LIMIT_S, MAX_RESTARTS = 240.0, 12
+LIMIT_S, MAX_RESTARTS = 600.0, 12
 
 
 @dataclasses.dataclass
@@ -42,16 +43,18 @@ class Campaign:
         """The bytes that a run without a fault ends in."""
         known = self.out / f"undisturbed-{self.jobs.rounds}-{self.jobs.clients}"
         if not known.exists():
-            known.write_text(self.repeated({}))
+            known.write_text(self.repeated("calm", {}))
         self.undisturbed = known.read_text()
 
-    def repeated(self, lost: Mapping[int, Sequence[int]]) -> str:
+    def repeated(self, name: str, lost: Mapping[int, Sequence[int]]) -> str:
         """What a run ends in, in one process and without a fault, in which these clients have no update in these rounds."""
-        folder = self.folder("repeated", (), {str(index): list(clients) for index, clients in lost.items()})
+        folder = self.folder(f"{name}-repeated", (), {str(index): list(clients) for index, clients in lost.items()})
         code, _ = self.jobs.start("in_process", folder)
         if code != FINISHED:
             raise SystemExit(f"a run without faults exited {code}: {(folder / 'output.txt').read_text()[-2000:]}")
-        return digest_of(folder)
+        digest = digest_of(folder)
+        shutil.rmtree(folder)
+        return digest
 
     def folder(self, name: str, faults: Sequence[Fault], lost: Mapping[str, Sequence[int]], without: Sequence[str] = ()) -> Path:
         """A fresh folder for a run, with its plan."""
@@ -81,6 +84,24 @@ class Campaign:
         of_run = {"run": planned.number, "launcher": planned.launcher, "made": cells, "codes": codes, "seconds": seconds}
         return {**of_run, **told, "wrong": wrong}
 
+    def carry_out_all(self, planned: Sequence[Planned], at_once: int, results: Path) -> None:
+        """Each in a process of its own, so many at a time; what came of it is a line more in `results`."""
+        running: set[int] = set()
+        for one in planned:
+            self.jobs.prepare(one.launcher)
+            running.add(jobs.forked(partial(self._told, one, results)))
+            while len(running) >= at_once:
+                running.discard(os.wait()[0])
+        while running:
+            running.discard(os.wait()[0])
+
+    def _told(self, planned: Planned, results: Path) -> int:
+        line = json.dumps(self.carry_out(planned))
+        with results.open("a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+        return 0
+
     def judged(self, folder: Path, codes: Sequence[int | None]) -> tuple[list[str], dict[str, Any]]:
         """What is wrong with a run, and what it cost."""
         if codes[-1] is None:
@@ -89,7 +110,7 @@ class Campaign:
             return [f"never finished: exit codes {codes}"], {}
         found = history.History.read(folder)
         lost, repeats = history.lost(found)
-        expected = None if repeats else self.repeated(lost) if lost else self.undisturbed
+        expected = None if repeats else self.repeated(folder.name, lost) if lost else self.undisturbed
         return history.faults_of(found, digest_of(folder), expected), history.costs(found)
 
 
@@ -126,30 +147,32 @@ def main() -> int:
     parser.add_argument("--launchers", default="in_process=4,torchrun=8,mpirun=1,srun=1", help="with their shares of the runs")
     parser.add_argument("--rounds", type=int, default=NUM_ROUNDS, help="of each run")
     parser.add_argument("--deadline_s", type=float, default=DEADLINE_S, help="after which the runs take a peer for silent")
+    parser.add_argument("--at_once", type=int, default=1, help="so many runs are worked on at a time")
     parser.add_argument("--limit_s", type=float, default=LIMIT_S, help="of one start")
     parser.add_argument("--without", help=f"a fault with and without its protection; of {', '.join(PROTECTIONS)}, or all")
     asked = parser.parse_args()
     shares = _shares(asked.launchers)
     out = asked.out.resolve()
     if not (out / "model").exists():
-        jobs.in_a_fork(lambda: write_model(out / "model", 2))
-    jobs.warm_up()
+        jobs.in_a_fork(lambda: jobs.write_inputs(out))
     campaign = Campaign(out, jobs.Jobs(asked.limit_s, MAX_RESTARTS, asked.rounds, 2 if asked.without else 4, asked.deadline_s))
+    jobs.warm_up(out, campaign.jobs.arguments)
     campaign.calm()
     try:
         if asked.without:
             names = list(PROTECTIONS) if asked.without == "all" else [asked.without]
             return min(_without(campaign, name) for name in names)
         results = out / "results.jsonl"
-        done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-        for planned in plan(asked.faults, asked.seed, shares, asked.rounds)[len(done) :]:
-            done.append(campaign.carry_out(planned))
-            with results.open("a") as file:
-                file.write(json.dumps(done[-1]) + "\n")
-            print(json.dumps(done[-1]), flush=True)
+        there = {line["run"] for line in _read(results)}
+        planned = [one for one in plan(asked.faults, asked.seed, shares, asked.rounds) if one.number not in there]
+        campaign.carry_out_all(planned, asked.at_once, results)
     finally:
         campaign.jobs.close()
-    return report.show(done, tuple(shares))
+    return report.show(_read(results), tuple(shares))
+
+
+def _read(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
 def _without(campaign: Campaign, name: str) -> int:

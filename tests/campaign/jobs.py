@@ -1,18 +1,22 @@
-"""Starting a job under each launcher, and ending all of it. What a job costs is mostly importing torch: this process imports once.
+"""Starting a job under each launcher, and ending all of it. What a job costs is mostly getting ready: this process does it once.
 
 in_process   a fork of this process, in which the ranks are threads
 torchrun     a fork of this process becomes torchrun's elastic agent (torch.distributed.launcher), whose workers are its forks;
              the agent restarts them, so one job takes many faults
-mpirun       Open MPI's own command, ranks are new programs
+mpirun       Open MPI's own command, for programs that stand in for forks of this process (warm.py)
 srun         the same under a real Slurm of three virtual nodes, which the first job starts (tests/launch/cluster.py)
 """
 
 import ctypes
+import importlib
+import json
 import os
+import pkgutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,17 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import transformers
 
-from tests.campaign import rank
+import fedmpi
+from fedmpi import models, recipe
+from tests.campaign import rank, warm
 from tests.campaign.faults import DEADLINE_S
 from tests.campaign.plan import NUM_RANKS
+from tests.lockstep.conftest import write_model
 
-ROOT = Path(__file__).parents[2]
 LAUNCHERS = ("in_process", "torchrun", "mpirun", "srun")
 ARGUMENTS = (
-    *("--model.path", "../model", "--data.num_rows", "60", "--data.max_length", "64", "--train.steps", "2"),
-    *("--train.batch_size", "2", "--eval.rows", "2", "--eval.task", "none", "--keep", "3", "--train.optimizer_state", "keep"),
-    *("--run_dir", "run"),
+    *("--model.path", "../model", "--data.name", "json", "--data.path", "../rows.jsonl", "--data.max_length", "32"),
+    *("--train.steps", "2", "--train.batch_size", "2", "--train.optimizer_state", "keep", "--eval.task", "none"),
+    *("--keep", "3", "--run_dir", "run"),
 )
 MPI_ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -40,23 +47,50 @@ MPI_ENVIRONMENT = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
 VARIABLES = ("SLURM_", "PMI", "OMPI_", "MPI_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
+ALONE_WITHIN_S = 30.0
 KILLED_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
-def warm_up() -> None:
-    """Import what a rank imports, and compute nothing: a process that is forked must have one thread."""
-    import peft  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
+def write_inputs(out: Path) -> None:
+    """What all runs of a campaign read: a model and rows."""
+    write_model(out / "model", 2)
+    rows = ({"instruction": f"What is {i} and {i}?", "response": f"It is {2 * i}."} for i in range(60))
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    import tests.campaign.probe  # noqa: F401
+
+def warm_up(out: Path, arguments: Sequence[str]) -> None:
+    """Do what every rank does alike: import, read the settings, open a model. A process that is forked must have one thread."""
+    for module in pkgutil.walk_packages(fedmpi.__path__, "fedmpi."):
+        if not module.name.endswith(("__main__", ".mpi")):
+            importlib.import_module(module.name)
+    os.chdir(out / "model")  # as far from the model as a run is
+    transformers.utils.logging.disable_progress_bar()  # it has a thread
+    known = recipe.read(arguments, "campaign", "")
+    recipe.read = lambda *_: known
+    models.load_model(known[0].model)
+    ends = time.monotonic() + ALONE_WITHIN_S
+    while len(os.listdir("/proc/self/task")) > 1:  # those that loaded the model are about to end
+        if time.monotonic() > ends:
+            raise SystemExit("more than one thread in a process that is to be forked")
+        time.sleep(0.05)
+
+
+def forked(work: Callable[[], int], folder: Path | None = None, log: str | None = None) -> int:
+    """Begin it in a process of its own; gives its id."""
+    sys.stdout.flush()
+    if (child := os.fork()) == 0:
+        _become(folder or Path.cwd(), work, log)
+    return child
 
 
 def in_a_fork(work: Callable[[], object]) -> None:
     """Do it in a process of its own, which is waited for."""
-    child = os.fork()
-    if child == 0:
-        _become(Path.cwd(), lambda: 0 if work() else 1, None)
-    if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+
+    def done() -> int:
+        work()
+        return 0
+
+    if code := os.waitstatus_to_exitcode(os.waitpid(forked(done), 0)[1]):
         raise SystemExit(f"exit code {code}")
 
 
@@ -71,6 +105,7 @@ class Jobs:
     deadline_s: float = DEADLINE_S
     _held: ExitStack = field(default_factory=ExitStack)
     _slurm: Any = None
+    _server: Path | None = None
 
     @property
     def arguments(self) -> list[str]:
@@ -90,10 +125,15 @@ class Jobs:
             code = self._command(launcher, folder)
         return code, time.monotonic() - began
 
+    def prepare(self, launcher: str) -> None:
+        """Start what all jobs of a launcher share; those who are forked later have it."""
+        if launcher in ("mpirun", "srun"):
+            self.server()
+        if launcher == "srun":
+            self.slurm()
+
     def _forked(self, folder: Path, work: Callable[[], int]) -> int | None:
-        child = os.fork()
-        if child == 0:
-            _become(folder, work, "output.txt")
+        child = forked(work, folder, "output.txt")
         deadline = time.monotonic() + self.limit_s
         while (found := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -120,7 +160,7 @@ class Jobs:
 
     def _command(self, launcher: str, folder: Path) -> int | None:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(VARIABLES)}
-        more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        more = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         start: Sequence[str]
         if launcher == "mpirun":
             beside = Path(sys.executable).with_name("mpirun")
@@ -128,7 +168,7 @@ class Jobs:
         else:
             start = ["srun", f"--nodes={NUM_RANKS}", f"--ntasks={NUM_RANKS}", "--kill-on-bad-exit=0", "--time=9"]
             environment = kept | self.slurm().environ | more
-        command = [*start, sys.executable, "-m", "tests.campaign.rank", str(folder), *self.arguments]
+        command = [*start, sys.executable, "-S", "-I", warm.__file__, str(self.server()), str(folder)]
         with (folder / "output.txt").open("a") as output:
             job = subprocess.Popen(
                 command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
@@ -148,8 +188,18 @@ class Jobs:
             self._slurm = self._held.enter_context(running_cluster())
         return self._slurm
 
+    def server(self) -> Path:
+        """Where programs that launchers start ask for their ranks; it is there from its first use on."""
+        if self._server is None:
+            self._server = Path(self._held.enter_context(tempfile.TemporaryDirectory())) / "ranks"
+            child = forked(lambda: warm.serve(self._server, lambda folder: rank.run(folder, self.arguments)))
+            self._held.callback(os.kill, child, signal.SIGKILL)
+            while not self._server.exists():
+                time.sleep(0.01)
+        return self._server
+
     def close(self) -> None:
-        """Take the cluster down."""
+        """Take down what was started for several jobs."""
         self._held.close()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tests.campaign.faults import CLIENT, PHASES, Fault
 
-NUM_ROUNDS, NUM_RANKS = 12, 3
+NUM_ROUNDS, NUM_RANKS = 8, 3
 MOST_PER_RUN = 8
 LOSSY = ("exception", "memory", "nan")  # a client's part of a round is lost
 

@@ -1,7 +1,5 @@
 """One process of a run: the program with the probe in it. It is one rank, or all of them as threads.
 
-    python -m tests.campaign.rank FOLDER ARGUMENTS...        what mpirun and srun start: one rank
-
 FOLDER/plan.json has the faults, the clients whose updates are lost whatever happens, and the protections to do without.
 """
 
@@ -74,7 +72,3 @@ def _wait(ranks: list[threading.Thread], results: list[int]) -> None:
             thread.join(0.02)
             if not thread.is_alive() and code and ends == math.inf:
                 ends = time.monotonic() + GRACE_S
-
-
-if __name__ == "__main__":
-    sys.exit(run(Path(sys.argv[1]), sys.argv[2:]))

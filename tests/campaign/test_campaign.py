@@ -23,7 +23,7 @@ def campaign(out: Path, *arguments: str, code: int) -> list[str]:
 
 @pytest.mark.timeout(1600)
 def test_sixty_faults_leave_no_hang_and_no_wrong_result(tmp_path: Path) -> None:
-    short = ("--rounds", "5", "--deadline_s", "2", "--launchers", "in_process=7,torchrun=1")
+    short = ("--rounds", "5", "--deadline_s", "2", "--launchers", "in_process=7,torchrun=1", "--at_once", "2")
     said = campaign(tmp_path, "--faults", "60", "--seed", "3", *short, code=0)
     runs = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
     assert sum(len(run["made"]) for run in runs) >= 55  # the rest was overtaken: a run may end before a fault comes to its turn

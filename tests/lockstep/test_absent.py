@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -57,15 +58,37 @@ class Falls(Hook):
             raise self.error or SystemExit
 
 
+class Returns(Hook):
+    """Rank 2 loses its link in its second round, and asks for another while rank 1 trains in the last one."""
+
+    turns: ClassVar[Counter[int]] = Counter()
+    last: ClassVar[threading.Event] = threading.Event()
+
+    def before_fit(self, model: Any) -> None:
+        transport = HERE.transport
+        self.turns[transport.rank] += 1
+        if (transport.rank, self.turns[transport.rank]) == (2, 2):
+            connect = transport._reconnect
+            transport._reconnect = lambda peer: connect(peer) if Returns.last.wait(60) else None
+            transport._links[0].close()
+        elif (transport.rank, self.turns[transport.rank]) == (1, 4):
+            Returns.last.set()
+            with stepping_back():
+                while not transport._asks(2):
+                    time.sleep(0.01)
+
+
 @pytest.fixture(autouse=True)
 def anew() -> None:
     Hangs.rank, Hangs.at, Hangs.until, Hangs.let_go = 0, -1, -1, threading.Event()
     Hangs.rounds.clear()
     Falls.turns.clear()
     Falls.error = None
+    Returns.turns.clear()
+    Returns.last = threading.Event()
 
 
-HANGS, FALLS = (f"--train.hooks=[{__name__}.{name}]" for name in ("Hangs", "Falls"))
+HANGS, FALLS, RETURNS = (f"--train.hooks=[{__name__}.{name}]" for name in ("Hangs", "Falls", "Returns"))
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -117,6 +140,14 @@ def test_the_run_goes_on_without_a_rank_that_is_gone(settings: list[str], tmp_pa
     (lost,) = [line for line in lines_of(tmp_path) if line.get("event") == "rank_lost"]
     assert (lost["round"], lost["rank"], lost["clients"]) == (1, 2, [1])
     assert error is None or str(error) in lost["message"]
+
+
+def test_who_comes_back_in_the_last_round_holds_up_nobody(settings: list[str], tmp_path: Path) -> None:
+    """It would wait for a header, and the server for its farewell."""
+    results = run(recipe(*settings, *STEADY, RETURNS, "--on_rank_lost=continue", "--timeout_s=20"), tmp_path, 4)
+    assert [results[rank] for rank in (0, 1, 3)] == [0] * 3 and isinstance(results[2], LinkError)
+    assert [line["counted"] for line in rounds_of(tmp_path)] == [[0, 1, 2]] + [[0, 2]] * 3
+    assert not [line for line in lines_of(tmp_path) if line.get("event") == "rank_back"]
 
 
 def test_without_enough_others_the_run_gives_up(settings: list[str], tmp_path: Path) -> None:
