@@ -184,11 +184,12 @@ class Program:
         parties = data.federate(wanted.data, wanted.clients, wanted.seed, self._own_clients(), measures)
         scheme = recipe.scheme_of(wanted.algorithm)
         if scheme is None:
-            base, outside = Base(wanted.model, wanted.peft, device, wanted.seed), None
+            base, split, original = Base(wanted.model, wanted.peft, device, wanted.seed), None, None
         else:
             known = self._identity()[0]
             halt = self.stop.wanted
-            base, outside, self.supply_bytes = emulation.outfit(wanted, scheme, device, path, parties, self.post, known, halt)
+            found = emulation.outfit(wanted, scheme, device, path, parties, self.post, known, halt)
+            base, split, original, self.supply_bytes = found
         return Host(
             base,
             parties,
@@ -200,7 +201,8 @@ class Program:
             wanted.server,
             scratch=path,
             ranks=tuple(map(int, wanted.peft.client_ranks)),
-            offsite=outside,
+            split=split,
+            original=original,
         )
 
     def _own_clients(self) -> "tuple[int, ...] | None":
@@ -221,7 +223,7 @@ class Program:
         from fedmpi.sessions.session import Session
 
         world = {"launcher": self.world.launcher, "world": self.world.size, "transport": self.world.transport}
-        facts, title = {"scenario": scenario, **world}, title or scenario
+        facts, title = {"scenario": scenario, **world, **host.reported()}, title or scenario
         algorithm, quiet = recipe.algorithm(wanted.algorithm), self.world.rank != 0
         whole = self._identity()
         given = self.supply_bytes if scenario == "fed" else 0
@@ -276,7 +278,7 @@ class Program:
             numbers = range(len(host.parties.clients))
             jobs = {c: self._session(wanted, host.alone(c), path / "clients" / str(c), f"client {c}", None) for c in numbers}
         solos = {c: Solo(c, job) for c, job in jobs.items()}
-        complete = partial(_completed, host, jobs) if host.offsite else None
+        complete = partial(_completed, host, jobs) if host.split else None
         return run_solos(name, solos, self._identity()[0], self.recipe.seed, self.stop, self.post, complete)
 
     def _tell(self, path: Path, state: str) -> None:
@@ -291,8 +293,8 @@ class Program:
 
 def _completed(host: "Host", jobs: "Mapping[int, Session]", client: int, adapter: "Tensors") -> dict[str, Any]:
     """What a party that trained alone with an emulator cannot tell: how its adapter does on the original model."""
-    assert host.offsite is not None and host.offsite.full is not None
-    full, path = host.offsite.full, jobs[client].path
+    assert host.original is not None
+    full, path = host.original.base, jobs[client].path
     found = {**host.score(adapter, full), **host.answer(adapter, full)} if host.parties.heldout else {}
     full.save(adapter, path / "adapter")
     if (path / "summary.json").exists():

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fedmpi.federation import Federation, Update
-    from fedmpi.hosting.host import Host
+    from fedmpi.hosting.host import Host, Original, Split
     from fedmpi.models import Outline
     from fedmpi.round import Round
     from fedmpi.settings.recipe import Recipe
@@ -34,6 +34,8 @@ class Server:
 
     SAVED = ("adapter", "emulator", "optimizer", "memory")
     host: "Host"
+    split: "Split"
+    original: "Original"
     adapter: "Tensors"
     emulator: "Tensors"
     optimizer: "Tensors" = field(default_factory=dict)
@@ -52,18 +54,21 @@ class Client:
 
     id: int
     host: "Host"
+    split: "Split"
     owned: "Tensors | None" = None
 
 
 def build_server(config: Config, host: "Host") -> Server:
     """Both LoRA as they begin: equal to nothing, since the alignment before the rounds is merged into the emulator."""
-    base = host.base
-    return Server(host, base.part(base.fresh, "adapter"), base.part(base.fresh, "emulator"))
+    base, split, original = host.base, host.split, host.original
+    assert split is not None and original is not None
+    return Server(host, split, original, base.part(base.fresh, "adapter"), base.part(base.fresh, "emulator"))
 
 
 def build_client(config: Config, host: "Host", client: int) -> Client:
     """A client value; its emulator came before, its examples live in the host."""
-    return Client(client, host)
+    assert host.split is not None
+    return Client(client, host, host.split)
 
 
 def outline(config: Config, shapes: object, wanted: "Recipe") -> "Outline":
@@ -88,21 +93,19 @@ def run_round(fed: "Federation", rnd: "Round", server: Server | None, clients: "
 
 def align_emulator(server: Server, rnd: "Round") -> Server:
     """E steps on the emulator's LoRA, on public data, with the adapter of now in both models (Eq. 7)."""
-    base, outside = server.host.base, server.host.offsite
-    if outside is None or outside.full is None or outside.goal is None:
-        raise RuntimeError("the server of fedbiot has the original model")
-    if not outside.config.align_steps:
+    base, split, original = server.host.base, server.split, server.original
+    if not split.config.align_steps:
         return server
-    outside.full.load(server.adapter)
+    original.base.load(server.adapter)
     base.load(server.outgoing)
     base.tune("emulator")
     done = offsite.align(
-        outside.goal(),
+        original.goal(),
         base.model,
-        outside.layout,
-        outside.config,
+        split.layout,
+        split.config,
         server.host.train,
-        steps=outside.config.align_steps,  # 3: E
+        steps=split.config.align_steps,  # 3: E
         seed=seed_for(rnd.seed, "align"),  # 4
         state=training.OptimState.of(server.optimizer) if server.optimizer else None,
     )  # 5
@@ -112,9 +115,7 @@ def align_emulator(server: Server, rnd: "Round") -> Server:
 
 def client_update(client: Client, sent: "Tensors", rnd: "Round") -> "Update":
     """K steps on the adapter's LoRA behind the frozen emulator, near to what was received."""
-    base, outside = client.host.base, client.host.offsite
-    assert outside is not None
-    near = offsite.Proximal(outside.config.prox_weight)
+    base, near = client.host.base, offsite.Proximal(client.split.config.prox_weight)
     base.load(sent)  # 9, Eq. 8
     base.tune("adapter")
     fit = training.fit(  # 10-13

@@ -17,8 +17,9 @@ from fedmpi import data, models, offsite
 from fedmpi.errors import CheckpointError, ConfigError, ModelError, Stopped
 from fedmpi.hosting import public_rows
 from fedmpi.hosting.base import Base, Given
-from fedmpi.hosting.host import Offsite
+from fedmpi.hosting.host import Original, Split
 from fedmpi.models import skeleton
+from fedmpi.offsite.account import account
 from fedmpi.offsite.builders import NEEDS_TEXT
 from fedmpi.offsite.structure import Structure, reshape
 from fedmpi.record.checkpoint import file_sha256, sync
@@ -36,6 +37,13 @@ if TYPE_CHECKING:
     from fedmpi.federation.supply import Supply
 
 FOLDER, ABOUT, WEIGHTS = "emulator", "emulation.json", "model.safetensors"
+MEASURED_BATCHES = 4  # of public text, on which the distance to the model is taken
+GAPS = (
+    ("before", "hidden states off by", "relative"),
+    ("after", "aligned", "relative"),
+    ("before", "KL", "kd"),
+    ("after", "aligned", "kd"),
+)
 
 
 @dataclass(frozen=True)
@@ -93,15 +101,15 @@ def outfit(
     post: "Post | None",
     experiment: str,
     halt: Callable[[], bool] = lambda: False,
-) -> tuple[Base, Offsite, int]:
-    """This rank's model to train on, what it may know besides, and on the server the bytes that were handed out."""
+) -> tuple[Base, Split, Original | None, int]:
+    """This rank's model to train on and how it was split; on the server the original, and the bytes that were handed out."""
     from fedmpi.federation import supply
 
     if post is not None and post.transport.rank != SERVER:
-        made, outside = on_client(supply.take_over(post, experiment), wanted, scheme, device)
-        return made.base(wanted, scheme, device), outside, 0
+        made = on_client(supply.take_over(post, experiment), device)
+        return made.base(wanted, scheme, device), Split(scheme.resolve(wanted.offsite), made.layout), None, 0
     try:
-        made, outside = on_server(wanted, scheme, device, folder, parties, halt)
+        made, original = on_server(wanted, scheme, device, folder, parties, halt)
     except Stopped as stopped:
         if post is not None:
             supply.call_off(post, str(stopped))
@@ -112,12 +120,12 @@ def outfit(
     else:
         placement = place(clients, post.transport.size, wanted.ranks_per_client, tuple(map(int, wanted.groups)))
         sent = supply.hand_out(post, experiment, given, [peer for peer in post.transport.peers if placement.hosted_by(peer)])
-    return made.base(wanted, scheme, device), outside, sent
+    return made.base(wanted, scheme, device), Split(scheme.resolve(wanted.offsite), made.layout), original, sent
 
 
 def on_server(
     wanted: Recipe, scheme: offsite.Scheme, device: str, folder: Path, parties: data.Federated, halt: Callable[[], bool]
-) -> tuple[Emulation, Offsite]:
+) -> tuple[Emulation, Original]:
     """Make the emulator, or open the one that a former start of this run has made; the original model stays here."""
     config = scheme.resolve(wanted.offsite)
     tokenizer, model = models.load_tokenizer(wanted.model), models.load_model(wanted.model, device)
@@ -130,6 +138,7 @@ def on_server(
         looks = config.builder in NEEDS_TEXT
         emulator = offsite.build(model, config, _some(examples(), config, tokenizer.pad_token_id) if looks else ())
     layout = emulator.layout
+    bare = offsite.assemble(model, tuple(range(layout.num_layers)))  # `full` puts its adapter into the model itself
     full = Base(wanted.model, wanted.peft, device, wanted.seed, Given(model, tokenizer), layout.adapter)
 
     @cache
@@ -137,19 +146,20 @@ def on_server(
         seed = seed_for(wanted.seed, "public")
         return offsite.goal(full.model, layout, examples(), config, seed=seed, pad_id=full.pad_id, folder=folder)
 
+    gaps: dict[str, Any] = {}
     if not there and config.prealign_steps:
-        emulator = _aligned(emulator, goal(), config, wanted, halt)
+        emulator, gaps = _aligned(emulator, goal(), config, wanted, halt)
     structure = emulator.structure  # what is folded into factors makes them grow
+    report = (read_object(there / ABOUT) or {}).get("report", {}) if there else {**account(bare, emulator).shares(), **gaps}
+    if not there:
+        print(f"fedmpi: emulator of {len(layout.emulator)} layers for {len(layout.inner)}: {_told(report)}", flush=True)
     if there != own:
-        store(emulator, structure, tokenizer, own)
-    about = json.loads((own / ABOUT).read_text(encoding="utf-8"))
-    made = Emulation(Given(emulator.model, tokenizer), layout, structure)
-    return made, Offsite(config, layout, full, goal, about)
+        store(emulator, structure, report, tokenizer, own)
+    return Emulation(Given(emulator.model, tokenizer), layout, structure), Original(full, goal, report)
 
 
-def on_client(supply: "Supply", wanted: Recipe, scheme: offsite.Scheme, device: str) -> tuple[Emulation, Offsite]:
+def on_client(supply: "Supply", device: str) -> Emulation:
     """The emulator from what came over the link; a rank without clients has its tokenizer alone."""
-
     facts = supply.facts
     layout = _layout(facts["layout"])
     model = skeleton.empty(facts["config"])
@@ -163,19 +173,27 @@ def on_client(supply: "Supply", wanted: Recipe, scheme: offsite.Scheme, device: 
             (Path(folder) / name).write_bytes(content)
         (Path(folder) / "config.json").write_text(json.dumps(facts["config"]), encoding="utf-8")
         tokenizer = models.load_tokenizer(models.Config(folder))
-    made = Emulation(Given(model, tokenizer), layout, facts["structure"])
-    return made, Offsite(scheme.resolve(wanted.offsite), layout)
+    return Emulation(Given(model, tokenizer), layout, facts["structure"])
 
 
 def _aligned(
     emulator: offsite.Emulator, goal: offsite.Goal, config: offsite.Config, wanted: Recipe, halt: Callable[[], bool]
-) -> offsite.Emulator:
-    """Steps of alignment before the first round, merged: what clients get are no longer layers of the original."""
-    seed, layout = seed_for(wanted.seed, "prealign"), emulator.layout
+) -> tuple[offsite.Emulator, dict[str, Any]]:
+    """Steps of alignment before the first round, merged: what clients get are no longer layers of the original. With how far the
+    emulator was from the model, and is."""
+    size, layout, seed = config.align_batch_size, emulator.layout, seed_for(wanted.seed, "prealign")
+    few = replace(goal, examples=goal.examples[: MEASURED_BATCHES * size])
+    before = offsite.distance(few, emulator.model, layout, size)
     emulator, done = offsite.prealign(emulator, goal, config, wanted.train, wanted.peft, seed=seed, hooks=[Heedful(halt)])
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in done.figures.items())
-    print(f"fedmpi: emulator of {len(layout.emulator)} layers for {len(layout.inner)}, aligned: {figures}", flush=True)
-    return emulator
+    after = offsite.distance(few, emulator.model, layout, size)
+    return emulator, {"before": before, "after": after, **done.figures}
+
+
+def _told(report: Mapping[str, Any]) -> str:
+    """What an emulator saves, gives away and is worth, in a line."""
+    shares = "{bytes:.0%} of their bytes, {flops_per_token:.0%} of their FLOPs, {disclosed:.0%} of the model's weights disclosed"
+    gaps = [f"{name} {report[when][key]:.3g}" for when, name, key in GAPS if when in report]
+    return "; ".join([shares.format(**report), *([", ".join(gaps)] if gaps else [])])
 
 
 def _some(examples: "Sequence[data.Example]", config: offsite.Config, pad_id: int) -> "list[data.Batch]":
@@ -184,7 +202,9 @@ def _some(examples: "Sequence[data.Example]", config: offsite.Config, pad_id: in
     return [data.collate(examples[start : start + size], pad_id) for start in range(0, min(16 * size, len(examples)), size)]
 
 
-def store(emulator: offsite.Emulator, structure: Mapping[str, Any], tokenizer: Any, folder: Path) -> None:
+def store(
+    emulator: offsite.Emulator, structure: Mapping[str, Any], report: Mapping[str, Any], tokenizer: Any, folder: Path
+) -> None:
     """A model folder that transformers opens, whole or not there."""
     from fedmpi.tensors import save_file
 
@@ -195,7 +215,8 @@ def store(emulator: offsite.Emulator, structure: Mapping[str, Any], tokenizer: A
         emulator.model.config.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         save_file(dict(skeleton.stored(emulator.model)), beside / WEIGHTS, metadata={"format": "pt"})
-        about = {"layout": asdict(emulator.layout), "structure": structure, "sha256": file_sha256(beside / WEIGHTS)}
+        sha256 = file_sha256(beside / WEIGHTS)
+        about = {"layout": asdict(emulator.layout), "structure": structure, "sha256": sha256, "report": report}
         (beside / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         for path in (*beside.iterdir(), beside):
             sync(path)

@@ -28,15 +28,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Offsite:
-    """What offsite tuning adds to a process. The original model and the public rows are the server's: a client has nothing to
-    read them from."""
+class Split:
+    """What every process of offsite tuning knows: how the model is split, and by which settings."""
 
     config: offsite.Config
     layout: "Layout"
-    full: Base | None = None  # the original model, with the adapter on its own layers
-    goal: "Callable[[], offsite.Goal] | None" = None  # what the emulator is aligned to, with the public rows
-    facts: Mapping[str, Any] = field(default_factory=dict)  # for the record
+
+
+@dataclass(frozen=True)
+class Original:
+    """What the server of offsite tuning alone has. A client has nothing to read it from."""
+
+    base: Base  # the original model, with the adapter on its own layers
+    goal: "Callable[[], offsite.Goal]"  # what the emulator is aligned to, with the public rows
+    report: Mapping[str, Any] = field(default_factory=dict)  # what the emulator saves, discloses, and misses
 
 
 @dataclass
@@ -53,7 +58,8 @@ class Host:
     server: aggregation.ServerConfig = field(default_factory=aggregation.ServerConfig)
     scratch: Path | None = None  # where updates wait that a rule needs all at once
     ranks: tuple[int, ...] = ()  # of the clients' adapters, taken in turn
-    offsite: Offsite | None = None
+    split: Split | None = None
+    original: Original | None = None
     _examples: "dict[int, tuple[Sequence[corpora.Example], corpora.Counts]]" = field(default_factory=dict)
     _kept_back: "dict[int, list[corpora.Example]]" = field(default_factory=dict)
 
@@ -73,19 +79,22 @@ class Host:
         return self._with(corpora.ClientData(0, rows, self.parties.heldout), {}, ())
 
     def _with(self, client: "corpora.ClientData", site: Mapping[str, object], ranks: tuple[int, ...]) -> "Host":
-        """Whoever is alone has nobody to be aggregated with: its rounds are plain."""
+        """Whoever is alone has nobody to be aggregated with, and nothing of a server's: its rounds are plain."""
         parties = replace(self.parties, clients=(client,), sites={0: site})
         plain = {"rules": aggregation.Config(record_error=False), "server_optimizer": "none", "ranks": ranks}
-        outside = replace(self.offsite, full=None, goal=None) if self.offsite else None  # a party by itself has no server's things
-        return replace(self, parties=parties, **plain, offsite=outside, _examples={}, _kept_back={})  # type: ignore[arg-type]
+        return replace(self, parties=parties, **plain, original=None, _examples={}, _kept_back={})  # type: ignore[arg-type]
 
     def views(self, server: Any = None) -> dict[str, tuple[Base, Tensors | None]]:
         """The models that a run is measured by and leaves behind, by the ending of their names; without a server's state, as they
         begin. Offsite tuning has two: the adapter on the original model, and with the emulator."""
-        if self.offsite is None:
+        if self.split is None:
             return {"": (self.base, server and server.adapter)}
-        whole = {"": (self.offsite.full, server and server.adapter)} if self.offsite.full else {}
+        whole = {"": (self.original.base, server and server.adapter)} if self.original else {}
         return {**whole, "_emu": (self.base, server and server.outgoing)}
+
+    def reported(self) -> dict[str, Any]:
+        """What a run's record says of the emulator, where there is one."""
+        return {"emulator": self.original.report} if self.original else {}
 
     # ---- a round --------------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fedmpi.models import PeftConfig
+from fedmpi.models import PeftConfig, costs
 from fedmpi.models.adapters import add_adapter, trained
 
 
@@ -19,6 +19,24 @@ class Outline:
     down: Mapping[str, torch.Tensor]  # to a client in every round
     up: Mapping[str, torch.Tensor]  # and back
     once: Mapping[str, torch.Tensor] = field(default_factory=dict)  # to a client that opens no model folder, before the first
+    alignment: "Alignment | None" = None
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What the server computes to keep an emulator near the model: texts before the first round and in each, and what one costs."""
+
+    before: costs.Work
+    num_before: int
+    within: costs.Work
+    num_within: int
+    teacher: int  # operations per token of the full model's pass
+
+    def flops(self, length: int) -> tuple[int, int]:
+        """Before the first round and in each, of texts of so many tokens."""
+        ways = ((self.before, self.num_before), (self.within, self.num_within))
+        before, within = (num * (work.of([length]) + self.teacher * length) for work, num in ways)
+        return before, within
 
 
 def same_for_all(shapes: Any, peft: PeftConfig) -> Outline:

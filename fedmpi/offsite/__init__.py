@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fedmpi.offsite.alignment import Aligned as Aligned
     from fedmpi.offsite.alignment import Goal as Goal
     from fedmpi.offsite.alignment import align as align
+    from fedmpi.offsite.alignment import distance as distance
     from fedmpi.offsite.alignment import goal as goal
     from fedmpi.offsite.assembly import assemble as assemble
     from fedmpi.offsite.assembly import find_layers as find_layers
@@ -117,7 +118,7 @@ __getattr__ = door(
         **dict.fromkeys(("Layout", "layout"), "layers"),
         **dict.fromkeys(("assemble", "find_layers"), "assembly"),
         **dict.fromkeys(("Emulator", "build"), "builders"),
-        **dict.fromkeys(("goal", "Goal", "align", "Aligned"), "alignment"),
+        **dict.fromkeys(("goal", "Goal", "align", "Aligned", "distance"), "alignment"),
         "prealign": "preparation",
         "Proximal": "proximal",
         "outline": "shapes",

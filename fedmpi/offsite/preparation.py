@@ -33,17 +33,25 @@ def prealign(
     """The emulator after `prealign_steps`, in memory of its own where it changed; the original stays as it is."""
     if not config.prealign_steps:
         return emulator, Aligned({})
-    whole = config.builder == "distilled"
-    student = _own(emulator) if whole else with_lora(emulator, peft, seed)
-    done = align(goal, student, emulator.layout, config, train, steps=config.prealign_steps, seed=seed, hooks=hooks)
-    model = student.requires_grad_(False).eval() if whole else fold(student)
-    return replace(emulator, model=model), done
+    learner = student(emulator, config, peft, seed)
+    done = align(goal, learner, emulator.layout, config, train, steps=config.prealign_steps, seed=seed, hooks=hooks)
+    return replace(emulator, model=settled(learner, config)), done
+
+
+def student(emulator: Emulator, config: Config, peft: models.PeftConfig, seed: int) -> Any:
+    """The emulator with what pre-alignment trains: LoRA on its layers, or these layers themselves."""
+    return _own(emulator) if config.builder == "distilled" else with_lora(emulator, peft, seed)
+
+
+def settled(learner: Any, config: Config) -> Any:
+    """The bare model of a student that has learnt."""
+    return learner.requires_grad_(False).eval() if config.builder == "distilled" else fold(learner)
 
 
 @torch.no_grad()
-def fold(student: Any) -> Any:
+def fold(learner: Any) -> Any:
     """The model with its LoRA inside its weights, which become new ones: the old may be another model's too."""
-    for module, a, b, scale in factors(student):
+    for module, a, b, scale in factors(learner):
         layer = module.get_base_layer()
         if isinstance(layer, LowRank):
             layer.absorb(a, scale * b)
@@ -51,7 +59,7 @@ def fold(student: Any) -> Any:
         change = scale * (b @ a)
         changed = layer.weight.float() + (change.T if hasattr(layer, "nf") else change)
         layer.weight = torch.nn.Parameter(changed.to(layer.weight.dtype), requires_grad=False)
-    return student.unload().requires_grad_(False).eval()
+    return learner.unload().requires_grad_(False).eval()
 
 
 def with_lora(emulator: Emulator, peft: models.PeftConfig, seed: int) -> Any:

@@ -69,6 +69,8 @@ class Plan:
     cohort: int | None
     placement: Mapping[int, tuple[int, ...]]  # clients by rank; rank 0 serves
     sides: tuple[Side, ...]
+    prealign_flops: int  # on the server, of texts of data.max_length tokens: before the first round, and in each
+    align_flops: int
     link_mbps: float | None
 
     @property
@@ -88,6 +90,7 @@ def build(wanted: Recipe, own: Any, ranks: int | None = None) -> Plan:
     whole, dtype = _count(original.parameters()), str(original.dtype).removeprefix("torch.")  # before an adapter is in it
     outline, num_clients = _outline(wanted, own, original), _num_clients(wanted)
     told, moving = _told(wanted, outline.down), _moving(wanted, outline.up, 0)
+    aligned = outline.alignment.flops(wanted.data.max_length) if outline.alignment else (0, 0)
     down, (up, odd) = message(told), (message(_moving(wanted, outline.up, turn)) for turn in (0, 1))
     return Plan(
         model=models.public_name(wanted.model),
@@ -110,6 +113,8 @@ def build(wanted: Recipe, own: Any, ranks: int | None = None) -> Plan:
         cohort=num_clients and _cohort(wanted, num_clients),
         placement=_placement(wanted, num_clients, ranks) if num_clients else {},
         sides=(server_side(wanted, outline.server, whole), client_side(wanted, outline.client, whole)),
+        prealign_flops=aligned[0],
+        align_flops=aligned[1],
         link_mbps=wanted.link_mbps,
     )
 

@@ -69,6 +69,9 @@ def _lines(plan: Plan) -> list[str]:
     lines += [f"  up from a client of rank {rank}: {num:,} bytes" for rank, num in plan.up_bytes_by_rank.items()]
     lines += ["  and down what the rule folds into the base, which grows with the cohort's ranks"] if plan.folds else []
     lines += [f"before the first round, to each client: {_bytes(plan.once_bytes)}"] if plan.once_bytes else []
+    if plan.prealign_flops or plan.align_flops:
+        before, within = (f"{flops / 1e9:,.2f} GFLOP" for flops in (plan.prealign_flops, plan.align_flops))
+        lines.append(f"alignment on the server: at most {before} before the first round, {within} in every round")
     if plan.link_mbps is not None:
         once = f"; before the first {plan.once_s:.2f} s" if plan.once_bytes else ""
         lines.append(f"at {plan.link_mbps:g} Mbit/s a round's transfers take {plan.round_s:.2f} s{once}")

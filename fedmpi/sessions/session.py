@@ -105,7 +105,7 @@ class Session:
     @property
     def adapter_bytes(self) -> int:
         """What the adapter takes on the way to another rank; nothing where it stays."""
-        return 4 * num_bytes(self.host.base.fresh) if self.host.offsite else 0
+        return 4 * num_bytes(self.host.base.fresh) if self.host.split else 0
 
     def adapter(self) -> Tensors:
         """The adapter of the last durable round."""

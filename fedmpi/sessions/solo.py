@@ -87,5 +87,5 @@ def _verdict(ends: Collection[End], stop: "Stop") -> End:
 
 def _run(job: Solo) -> Update:
     end, summary = job.session.train()
-    adapter = job.session.adapter() if summary and job.session.host.offsite else {}
+    adapter = job.session.adapter() if summary and job.session.host.split else {}
     return Update(job.id, adapter, {"end": int(end), "final": summary["final"] if summary else {}})

@@ -21,6 +21,7 @@ from fedmpi.settings.recipe import Recipe
 from fedmpi.stop import Stop
 from fedmpi.tensors import digest, num_bytes
 from tests.lockstep.ranks import STOPS, adapter, recipe, run
+from tests.lockstep.test_absent import Falls
 
 KINDS = ("fedot", "fedbiot")
 LEFT = ("adapter/adapter_model.safetensors", "adapter_emu/adapter_model.safetensors", "emulator/model.safetensors")
@@ -128,6 +129,40 @@ def counting(call: Any, seen: list[int], at_the_third: Any) -> Any:
     return counted
 
 
+class Died(BaseException):
+    """The process is gone, as far as its files can tell."""
+
+
+def test_who_dies_before_the_emulator_is_whole_begins_it_anew(wanted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the alignment, or with the emulator half written: the next start ends in the bytes of a run left alone."""
+    given = wanted("fedbiot", "--rounds=1")
+    assert run(given, tmp_path / "whole") == [0]
+
+    def die(*_: object) -> None:
+        raise Died
+
+    for owner, name in ((Gap, "__call__"), (emulation, "file_sha256")):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, die)
+            with pytest.raises(Died):
+                run(given, tmp_path / "parts")
+        assert not (tmp_path / "parts" / "emulator").exists()
+    assert (tmp_path / "parts" / ".emulator").exists(), "it was half written"
+    assert run(given, tmp_path / "parts") == [0]
+    assert left_by(tmp_path / "parts") == left_by(tmp_path / "whole")
+    assert not (tmp_path / "parts" / ".emulator").exists()
+
+
+def test_the_run_goes_on_without_a_rank_that_is_gone(wanted: Any, tmp_path: Path) -> None:
+    Falls.turns.clear()
+    Falls.error = None
+    hook = f"--train.hooks=[{Falls.__module__}.Falls]"
+    given = wanted("fedbiot", "--clients=3", "--on_rank_lost=continue", "--timeout_s=5", hook)
+    results = run(given, tmp_path, 4)
+    assert [results[rank] for rank in (0, 1, 3)] == [0] * 3
+    assert [line["counted"] for line in lines_of(tmp_path) if "event" not in line] == [[0, 1, 2], [0, 2], [0, 2]]
+
+
 def test_a_lossy_codec_leaves_server_and_clients_with_one_emulator(wanted: Any, tmp_path: Path) -> None:
     """Both LoRA go down in 8 bits: the server aligns on from what was decoded, so placements agree."""
     given = wanted("fedbiot", "--codec_down=int8", "--codec_up=delta,int8,ef", "--rounds=2")
@@ -196,8 +231,8 @@ def test_the_emulator_of_a_client_is_the_servers_in_every_round(
 
     def emulator_of(host: Any) -> str:
         """Everything but the adapter's LoRA, frozen layers and LoRA alike."""
-        names = {name: host.offsite.layout.original(name) for name, _ in host.base.model.named_parameters()}
-        adapters = {n for n, original in names.items() if host.offsite.layout.part(original) == "adapter" and "lora_" in n}
+        names = {name: host.split.layout.original(name) for name, _ in host.base.model.named_parameters()}
+        adapters = {n for n, original in names.items() if host.split.layout.part(original) == "adapter" and "lora_" in n}
         return digest({n: p.detach() for n, p in host.base.model.named_parameters() if n not in adapters})
 
     update, round_ = fedbiot.client_update, fedbiot.run_round
@@ -226,11 +261,11 @@ def test_one_process_holds_the_frozen_tensors_once(wanted: Any, tmp_path: Path) 
     given = wanted("fedbiot")
     parties = data.federate(given.data, given.clients, given.seed)
     for _ in range(2):  # made, and opened again
-        base, outside, _ = emulation.outfit(given, fedbiot.SCHEME, "cpu", tmp_path, parties, None, "x")
-        assert outside.full is not None
-        whole = {p.data_ptr() for p in outside.full.model.parameters()}
+        base, split, original, _ = emulation.outfit(given, fedbiot.SCHEME, "cpu", tmp_path, parties, None, "x")
+        assert original is not None
+        whole = {p.data_ptr() for p in original.base.model.parameters()}
         own = {
-            outside.layout.original(name)
+            split.layout.original(name)
             for name, p in base.model.named_parameters()
             if p.data_ptr() not in whole and "lora_" not in name
         }

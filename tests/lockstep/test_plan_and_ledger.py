@@ -67,3 +67,18 @@ def test_the_plan_of_offsite_tuning_is_its_ledger(name: str, deep_folder: Path, 
     assert (told["tokens"], told["flops"]) == (sum(lengths), costs.step_of(client, 1, 8).work.of(lengths))
     files = sum((tmp_path / "run" / "emulator" / file).stat().st_size for file in ("tokenizer.json", "tokenizer_config.json"))
     assert lines[0]["supply_bytes"] == 2 * (plan.once_bytes + files)
+
+
+@pytest.mark.parametrize("builder", ["uniform", "thin", "distilled"])
+def test_the_plan_of_alignment_is_its_ledger(builder: str, deep_folder: Path, tmp_path: Path) -> None:
+    """Texts are all longer than what is read of them, so that the most is what there is."""
+    asked = ["--algorithm=fedbiot", f"--model.path={deep_folder}", "--rounds=1", "--clients=1", "--data.num_rows=8"]
+    few = ["--data.max_length=40", "--offsite.prealign_steps=2", "--offsite.align_steps=3", "--offsite.align_batch_size=2"]
+    wanted = recipe(*asked, *few, f"--offsite.builder={builder}", "--train.steps=1", "--eval.task=none", "--eval_every=0")
+    assert run(wanted, tmp_path / "run") == [0]
+    plan = figures.build(wanted, recipes.algorithm("fedbiot").Config())
+    (told,) = (line for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open()) if "event" not in line)
+    assert (told["align_tokens"], told["align_flops"]) == (3 * 2 * 40, plan.align_flops)
+    report = json.loads((tmp_path / "run" / "summary.json").read_text())["emulator"]
+    assert (report["align_tokens"], report["align_flops"]) == (2 * 2 * 40, plan.prealign_flops)
+    assert 0 < report["disclosed"] < 1 and 0 < report["after"]["relative"] < report["before"]["relative"]

@@ -64,7 +64,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     align, update = fedbiot.align_emulator, fedbiot.client_update
 
     def aligned(server: Any, rnd: Any) -> Any:
-        base, full = server.host.base, server.host.offsite.full
+        base, full = server.host.base, server.original.base
         base.load(server.outgoing)
         full.load(server.adapter)
         before, whole = values_of(base), values_of(full)
@@ -134,7 +134,7 @@ def test_without_any_term_nothing_moves(alone: Any, monkeypatch: pytest.MonkeyPa
 def test_a_term_of_the_alignment_alone_moves_the_emulator(alone: Any, monkeypatch: pytest.MonkeyPatch, term: str) -> None:
     mute_clients(monkeypatch)
     if term == "kd":  # Eq. 3 has no weight to be set to nothing
-        monkeypatch.setattr(alignment, "hidden_gap", lambda wanted, found, normalise: 0 * found.sum())
+        monkeypatch.setattr(alignment, "hidden_gap", lambda wanted, found, *normalise: 0 * found.sum())
     seen = alone("--offsite.align_steps=3", "--offsite.prox_weight=0", f"--offsite.kd_weight={int(term == 'kd')}")
     assert seen["client"] == set() and seen["server"] == EMULATOR
 
@@ -144,7 +144,7 @@ def test_dropout_is_for_the_adapter_and_leaves_the_emulator_alone(alone: Any, mo
     update, found = fedbiot.client_update, {}
 
     def watched(client: Any, sent: Any, rnd: Any) -> Any:
-        base, layout = client.host.base, client.host.offsite.layout
+        base, layout = client.host.base, client.split.layout
         made = update(client, sent, rnd)
         text = torch.arange(3, 30)[None]
         for training_mode in (True, False):
