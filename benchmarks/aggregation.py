@@ -32,7 +32,7 @@ TRAINED = ("--train.lr=0.01", "--train.batch_size=4", "--scenario=fed")
 
 @contextlib.contextmanager
 def timed(seconds: list[float]) -> Iterator[None]:
-    """Note what each aggregation takes, folding into the base included, waiting for clients left out."""
+    """Note what each aggregation takes, folding into the base included; waiting for clients and the recorded error left out."""
     from fedmpi.hosting.host import Host
 
     aggregate = Host.aggregate

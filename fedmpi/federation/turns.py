@@ -63,7 +63,10 @@ class Turns:
         return agreed
 
     def _alarm(self, rnd: Round, client: int) -> Callable[[str], None]:
-        """What is done about a turn that is stuck for good: the server goes on without it; where nobody can, the process ends."""
+        """What is done about a turn that is stuck for good: the server goes on without it; where nobody can, the process ends.
+
+        In a client of several ranks its leader tells: it waits for the others, and of them the server expects no word but farewell.
+        """
         post, told = self.meeting.post, False
 
         def report(why: str) -> None:
@@ -71,7 +74,7 @@ class Turns:
             try:
                 if post is None:
                     raise LinkError("nobody is there to go on without it")
-                if not told:
+                if self.meeting.leads and not told:
                     post.alarm(SERVER, Kind.STUCK, why, rnd.index, client)
                     told = True
                 post.transport.check()

@@ -160,8 +160,8 @@ def _told(wanted: Recipe, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, t
 
 
 def _halves(wanted: Recipe) -> bool:
-    """Whether the broadcast leaves out what the last round did not move: an optimiser's momentum moves all, a codec takes all."""
-    return wanted.aggregation.rule in aggregation.HALVES and wanted.server_optimizer == "none" and wanted.chain("down").raw
+    """Whether the broadcast leaves out what the last round did not move; codecs and collectives take all of it."""
+    return wanted.aggregation.rule in aggregation.HALVES and wanted.chain("down").raw and wanted.exchange != "collective"
 
 
 def _coded(chains: Chains, tensors: "Mapping[str, torch.Tensor]") -> int:

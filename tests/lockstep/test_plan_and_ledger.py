@@ -16,7 +16,10 @@ METHODS = {
     "lora": ["--peft.rank=4"],
     "prompt": ["--peft.method=prompt", "--peft.num_virtual_tokens=4"],
     "ffa": ["--aggregation.rule=ffa"],  # A goes neither up nor down
-    "rolora": ["--aggregation.rule=rolora"],  # one factor in turn goes up, and down to who had the round before
+    "rolora": [
+        "--aggregation.rule=rolora",
+        "--server_optimizer=avgm",
+    ],  # half up, and half down to who had the round before
     "int8": ["--codec=int8"],
     "scaffold": ["--algorithm=scaffold", "--train.optimizer=sgd", "--train.lr=0.1"],
 }
