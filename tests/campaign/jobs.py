@@ -29,7 +29,8 @@ import psutil
 import transformers
 
 import fedmpi
-from fedmpi import models, recipe
+from fedmpi import models
+from fedmpi.settings import recipe
 from tests.campaign import rank, warm
 from tests.campaign.faults import DEADLINE_S
 from tests.campaign.plan import NUM_RANKS
