@@ -255,7 +255,7 @@ class Program:
             print(f"fedmpi: {session.title}: codec auto is {chosen.chain}: {reason}", flush=True)
             choosing.write(path, session.settings, chosen)
         wanted = replace(session.recipe, codec_chosen=chosen.chain)
-        facts = {**session.facts, "codec": {"chosen": chosen.chain, "reason": chosen.reason}}
+        facts = {**session.facts, "codec": {"chosen": chosen.chain, "reason": chosen.reason or choosing.reason(path)}}
         return replace(session, recipe=wanted, facts=facts)
 
     def _beside(self, algorithm: str, title: str, path: Path) -> "tuple[End, Any]":

@@ -6,7 +6,7 @@ This module must never know links or rounds.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,11 +38,12 @@ CANDIDATES = (
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one value in a chain, on a rank: seconds both ways, and bytes."""
+    """Of one value in a chain, on a rank: seconds both ways, bytes, and coded chunks."""
 
     encode_s: float
     decode_s: float
     num_bytes: float
+    num_chunks: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ class Way:
     latency_s: float
     byte_s: float
     copies: int  # messages of a round this way, which share the links
+    chunk_s: float = 0.0  # what each coded chunk of a message waits for, however small it is
 
-    def seconds(self, num_bytes: float) -> float:
-        """Until all messages of this size are there."""
-        return self.latency_s + self.copies * num_bytes * self.byte_s
+    def seconds(self, num: int, cost: Cost) -> float:
+        """Until all messages of so many values are there."""
+        return self.latency_s + num * (self.copies * cost.num_bytes * self.byte_s + cost.num_chunks * self.chunk_s)
 
 
 def within(budget: float) -> tuple[str, ...]:
@@ -78,21 +80,21 @@ def _cost(coder: Coder, values: torch.Tensor) -> Cost:
         coder.decode(data, len(values))
         seconds.append((encoded - began, time.perf_counter() - encoded))
     encode_s, decode_s = (min(each) / len(values) for each in zip(*seconds[1:], strict=True))
-    return Cost(encode_s, decode_s, len(data) / len(values))
+    return Cost(encode_s, decode_s, len(data) / len(values), 1 / SAMPLE)
 
 
 def slowest(costs: Sequence[Mapping[str, Cost]]) -> dict[str, Cost]:
     """A round waits for its slowest rank."""
     return {
-        chain: Cost(max(c[chain].encode_s for c in costs), max(c[chain].decode_s for c in costs), costs[0][chain].num_bytes)
-        for chain in costs[0]
+        chain: replace(one, encode_s=max(c[chain].encode_s for c in costs), decode_s=max(c[chain].decode_s for c in costs))
+        for chain, one in costs[0].items()
     }
 
 
 def exposed(num: int, cost: Cost, down: Way, up: Way) -> float:
     """Seconds of a round that `num` values take: down, coded once and read everywhere; up, coded everywhere and read in turn."""
-    there = num * (cost.encode_s + cost.decode_s) + down.seconds(num * cost.num_bytes)
-    return there + num * (cost.encode_s + up.copies * cost.decode_s) + up.seconds(num * cost.num_bytes)
+    there = num * (cost.encode_s + cost.decode_s) + down.seconds(num, cost)
+    return there + num * (cost.encode_s + up.copies * cost.decode_s) + up.seconds(num, cost)
 
 
 def best(num: int, costs: Mapping[str, Cost], down: Way, up: Way) -> tuple[str, dict[str, float]]:

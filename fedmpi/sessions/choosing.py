@@ -1,9 +1,11 @@
 """--codec auto: before the first round, the chain that serves this run's links and ranks best; afterwards, the one it began with.
 
-The choice is measured, so it may differ from machine to machine; what follows from it does not: it stands in config.yaml and in
-record.json, a resumed run keeps it, and equal chains give equal bytes. It knows settings, links and the run folder; never rounds.
+The choice is measured, so it may differ from machine to machine; what follows from it does not: it stands in config.yaml, in
+record.json with its reason and in every checkpoint, a resumed run keeps it, and equal chains give equal bytes. It knows settings,
+links and the run folder; never rounds.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +60,24 @@ def write(path: Path, settings: Mapping[str, Any], chosen: Chosen) -> None:
     write_atomically(path / "config.yaml", config.to_yaml({**settings, "codec_chosen": chosen.chain}))
 
 
+def same(recipe: Recipe, record: Mapping[str, Any], path: Path) -> None:
+    """Refuse to go on from a checkpoint under another chain than it was made with."""
+    began = record.get("codec_chosen")
+    if began != recipe.codec_chosen:
+        raise CheckpointError(
+            f"{path} has checkpoints under codec_chosen {began}, its config.yaml leads to {recipe.codec_chosen}: "
+            f"give --codec_chosen {began}, or another --run_dir"
+        )
+
+
+def reason(path: Path) -> str:
+    """Why the run took what it began with."""
+    try:
+        return str(json.loads((path / "record.json").read_text(encoding="utf-8"))["codec"]["reason"])
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
 def _known(recipe: Recipe, path: Path) -> str:
     """What was chosen before: by this run, or by the one whose config.yaml is run again."""
     try:
@@ -89,5 +109,6 @@ def _best(recipe: Recipe, num_values: int, costs: Mapping[str, Cost], down: Way,
     speed = ", ".join(
         f"{1e-6 / way.byte_s:.3g} MB/s {name}" if way.byte_s else f"no limit {name}" for name, way in (("down", down), ("up", up))
     )
+    speed += f", {1e3 * down.chunk_s:.3g} ms for a coded chunk" if down.chunk_s else ""
     taken = f"ms that {num_values} values take in a round over {of} ({speed}), within codec_budget {recipe.codec_budget:g}"
     return Chosen(chain, f"{taken}: {told}")

@@ -250,7 +250,7 @@ class Keeper:
         """The state of now. Its tensors are handed over, not copied: states are replaced, never mutated."""
         state = saved(server) | prefixed("base/", self.host.base.folds.saved())
         state |= prefixed("downlink/", self.fed.downlink.saved(round_index))
-        record = {"history": dict(self.history), "totals": dict(self.fed.ledger.totals)}
+        record = {"history": dict(self.history), "totals": dict(self.fed.ledger.totals), "codec_chosen": self.recipe.codec_chosen}
         self.commits.begin(round_index, state, record, dict(self.owned), between_rounds)
 
     def finish(self, server: Any, facts: Mapping[str, Any]) -> dict[str, Any]:

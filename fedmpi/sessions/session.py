@@ -22,6 +22,7 @@ from fedmpi.hosting.host import Host
 from fedmpi.record import checkpoint
 from fedmpi.record.folder import RunFolder
 from fedmpi.round import SERVER, End, cohort_of, place
+from fedmpi.sessions import choosing
 from fedmpi.sessions.keeper import Keeper, restored
 from fedmpi.settings import exchange
 from fedmpi.settings.recipe import Recipe
@@ -124,6 +125,7 @@ class Session:
         facts = {**self.facts, "data": rows}
         if committed:
             folder.same_data(rows)
+            choosing.same(recipe, committed.record, self.path)
         if not done:
             folder.describe(facts)
         if self.supply_bytes:

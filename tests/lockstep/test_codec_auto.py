@@ -1,5 +1,7 @@
 """--codec auto: the choice from figures, measured over links, kept by the run that made it, and equal to the chain it names."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,8 @@ import yaml
 
 from fedmpi.codecs import RAW, choice
 from fedmpi.codecs.choice import CANDIDATES, Cost, Way, best, exposed, within
-from fedmpi.errors import ConfigError
+from fedmpi.errors import CheckpointError, ConfigError
+from fedmpi.federation import probe
 from tests.lockstep.ranks import STOPS, adapter, recipe, run
 from tests.lockstep.test_sums import plain
 
@@ -19,6 +22,14 @@ def test_the_least_exposed_time_wins_and_raw_where_coding_costs_more() -> None:
     assert best(4 << 20, COSTS, SLOW, SLOW)[0] == "int8"
     assert best(4 << 20, COSTS, FAST, FAST)[0] == RAW
     assert exposed(10, Cost(1.0, 2.0, 3.0), Way(5.0, 0.1, 2), Way(7.0, 0.1, 4)) == 10 * 3 + 5 + 6 + 10 * (1 + 8) + 7 + 12
+
+
+def test_what_waits_for_each_of_its_chunks_may_lose_to_raw() -> None:
+    """A gigabit far away: fewer bytes are no help where every coded chunk waits for an answer."""
+    way = Way(0.0, 8e-6 / 1000, 4, chunk_s=0.04)
+    costs = {RAW: COSTS[RAW], "int8": replace(COSTS["int8"], num_chunks=1 / choice.SAMPLE)}
+    assert best(4 << 20, costs, replace(way, chunk_s=0.0), way)[0] == "int8"
+    assert best(4 << 20, costs, way, way)[0] == RAW
 
 
 def test_what_is_hardly_better_than_raw_is_not_chosen() -> None:
@@ -55,6 +66,9 @@ def test_measured_over_links_written_down_and_kept(
     monkeypatch.setattr(choice, "best", lambda num, costs, down, up: (RAW, dict.fromkeys(costs, 1.0)))
     assert run(recipe(*wanted), tmp_path / "auto", 2) == [0] * 2
     assert "codec auto is int8: as this run began" in capfd.readouterr().out
+    assert json.loads((tmp_path / "auto" / "record.json").read_text())["codec"]["reason"].startswith("ms that")
+    manifests = list((tmp_path / "auto" / "checkpoints").glob("round-*/manifest.json"))
+    assert manifests and all(json.loads(one.read_text())["record"]["codec_chosen"] == "int8" for one in manifests)
     settings = yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())
     assert (settings["codec"], settings["codec_chosen"]) == ("auto", "int8")
     assert run(recipe(*wanted, "--codec=int8"), tmp_path / "named") == [0]
@@ -64,6 +78,16 @@ def test_measured_over_links_written_down_and_kept(
     assert adapter(tmp_path / "again") == adapter(tmp_path / "auto")
     with pytest.raises(ConfigError, match="codec_chosen bf16: the run in .* began with int8"):
         run(recipe(*wanted, "--codec_chosen=bf16"), tmp_path / "auto")
+    (tmp_path / "auto" / "config.yaml").write_text(yaml.safe_dump({**settings, "codec_chosen": "bf16"}))
+    with pytest.raises(CheckpointError, match="has checkpoints under codec_chosen int8, its config.yaml leads to bf16"):
+        run(recipe(*wanted), tmp_path / "auto")
+
+
+def test_the_speed_of_a_link_is_what_more_bytes_take() -> None:
+    """A burst that passes at once and a latency are no speed."""
+    way = probe._grown(lambda size: 0.1 + max(0.0, 4 * size - 250_000) / 12.5e6, 4)
+    assert way.latency_s == pytest.approx(0.1) and way.byte_s == pytest.approx(1 / 12.5e6)
+    assert probe._grown(lambda size: 0.01, 4) == Way(0.01, 0.0, 4)
 
 
 def test_one_process_goes_by_the_speed_that_it_is_told(
