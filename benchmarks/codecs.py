@@ -38,9 +38,9 @@ CHAINS = (
         "int4,zstd",
         "int2,zstd",
     ),
-    *("topk:0.1,int8,zstd", "topk:0.1,int4,zstd", "topk:0.05,int4,zstd", "topk:0.01,int8"),
+    *("sign", "topk:0.2,sign", "topk:0.1,int8,zstd", "topk:0.1,int4,zstd", "topk:0.05,int4,zstd", "topk:0.01,int8"),
 )
-SIZED = ("raw", "bf16", "int8", "int4,zstd", "topk:0.1,int4,zstd", "topk:0.05,int8,zstd")
+SIZED = ("raw", "bf16", "int8", "int4,zstd", "topk:0.2,sign", "topk:0.1,int4,zstd", "topk:0.05,int8,zstd")
 PUBLISHED_AS = {"lora": "lora", "ptuning_20": "ptuning", "prompt_8": "prompt"}
 REPEATS = 5
 

@@ -4,10 +4,10 @@
 
 GSM8K dealt to three clients, a small real model, LoRA on all linear modules. Under every chain the same seeds, rows, steps and
 learning rate, so runs of one seed differ by the chain alone; the search says which of two rates is the better one for raw. Runs
-three times as long show what error feedback has made good by then. Bytes are those of the run's ledger per client and direction,
-once the first broadcast is out, which goes as it is where a chain says delta; beside them the size of the same chain's message for
-LLaMA-7B's LoRA, from its shape. Finished runs stand in RESULTS: a killed comparison goes on there. With `--table` nothing is run:
-the README's table is made anew.
+three and nine times as long show what error feedback has made good by then. Bytes are those of the run's ledger per client and
+direction, once the first broadcast is out, which goes as it is where a chain says delta; beside them the size of the same chain's
+message for LLaMA-7B's LoRA, from its shape. Finished runs stand in RESULTS: a killed comparison goes on there. With `--table`
+nothing is run: the README's table is made anew.
 """
 
 import argparse
@@ -28,17 +28,20 @@ from fedmpi.codecs import Chain, parse
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 CORPUS, CLIENTS, RATES = "gsm8k", 3, (0.003, 0.01)
-ROUNDS = {CORPUS: 8, f"{CORPUS}-long": 24}
+ROUNDS = {CORPUS: 8, f"{CORPUS}-long": 24, f"{CORPUS}-longer": 72}
 FLOOR = "raw"
+SPARSE = "delta,topk:0.2,sign,ef"
 CHAINS = (
     *(FLOOR, "int8", "delta,int4,ef,zstd", "delta,topk:0.1,int4,ef,zstd", "delta,topk:0.16,int2,ef,zstd"),
     *("delta,int4,zstd", "delta,topk:0.1,int4,zstd", "bf16", "fp16", "delta,int8,ef,zstd", "delta,topk:0.05,int8,ef,zstd"),
+    SPARSE,
 )
-LONG_CHAINS = (FLOOR, "delta,topk:0.16,int2,ef,zstd", "delta,int4,ef,zstd", "delta,topk:0.1,int4,ef,zstd", "int8")
+LONG_CHAINS = (FLOOR, "delta,topk:0.16,int2,ef,zstd", "delta,int4,ef,zstd", "delta,topk:0.1,int4,ef,zstd", "int8", SPARSE)
 SETTINGS = (  # by which runs are called, the rate, and the chains
     (CORPUS, RATES[0], CHAINS),
     (f"{CORPUS}-long", RATES[0], LONG_CHAINS),
-    (CORPUS, RATES[1], CHAINS),
+    (f"{CORPUS}-longer", RATES[0], (FLOOR, SPARSE)),
+    (CORPUS, RATES[1], CHAINS[:-1]),
 )
 
 
