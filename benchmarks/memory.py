@@ -1,6 +1,6 @@
 """How memory grows with clients: of a server over real links, and of one process that simulates them all.
 
-    python benchmarks/memory.py [--server 2,8,32] [--mib 64] [--hosted 1,10,100] [--rounds 3]
+    python benchmarks/memory.py [--server 2,8,32] [--mib 64] [--codec delta,int4,ef,zstd] [--hosted 1,10,100] [--rounds 3]
 
 Each case is a process of its own, so that no case inherits another's high-water mark. The server's clients are threads of a
 second process, each with a gloo link of its own: the server cannot tell. Simulated clients train a tiny model for a step; with
@@ -34,10 +34,10 @@ def world(rank: int, clients: int, port: int) -> World:
     return World("env", rank, clients + 1, rank, clients + 1, "torch", f"127.0.0.1:{port}", 0, rank == SERVER)
 
 
-def serve(clients: int, mib: float, rounds: int, port: int) -> None:
+def serve(clients: int, mib: float, rounds: int, codec: str, port: int) -> None:
     """The server of one case."""
     with torch_dist.open(world(SERVER, clients, port), timeout_s=300) as transport:
-        fed = ranks.federation(transport, clients, rounds)
+        fed = ranks.federation(transport, clients, rounds, codec=codec)
         held, announced = ranks.adapter(int(mib * 2**20), seed=0), fed.rounds()
         before = ranks.rss_mb()
         for _ in range(rounds):
@@ -48,12 +48,12 @@ def serve(clients: int, mib: float, rounds: int, port: int) -> None:
         ranks.drain(fed, announced)
 
 
-def be_clients(clients: int, rounds: int, port: int) -> None:
+def be_clients(clients: int, rounds: int, codec: str, port: int) -> None:
     """All clients of one case; each sends back what it received."""
 
     def work(rank: int) -> None:
         with torch_dist.open(world(rank, clients, port), timeout_s=300) as transport:
-            fed = ranks.federation(transport, clients, rounds)
+            fed = ranks.federation(transport, clients, rounds, codec=codec)
             for rnd in fed.rounds():
                 sent = fed.broadcast(None)
                 list(fed.gather(rnd, {rank - 1: ranks.Client(rank - 1, sent)}, ranks.update))
@@ -102,12 +102,12 @@ def result(process: subprocess.Popen[str]) -> dict[str, float]:
     return figures
 
 
-def server_case(clients: int, mib: float, rounds: int) -> dict[str, float]:
+def server_case(clients: int, mib: float, rounds: int, codec: str) -> dict[str, float]:
     """The server's peak with so many clients."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server, others = case("server", clients, mib, rounds, port), case("clients", clients, rounds, port)
+    server, others = case("server", clients, mib, rounds, codec, port), case("clients", clients, rounds, codec, port)
     try:
         figures = result(server)
         result(others)
@@ -135,13 +135,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", type=numbers, default=[2, 8, 32])
     parser.add_argument("--mib", type=float, default=64)
+    parser.add_argument("--codec", default="raw", help="of the server's cases, both ways")
     parser.add_argument("--hosted", type=numbers, default=[1, 10, 100])
     parser.add_argument("--per_round", type=int, default=0, help="simulated clients of a round; 0 = all")
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     figures: dict[str, object] = {"benchmark": "memory", **vars(asked)}
     if asked.server:
-        peaks = {clients: server_case(clients, asked.mib, asked.rounds)["peak_mb"] for clients in asked.server}
+        peaks = {clients: server_case(clients, asked.mib, asked.rounds, asked.codec)["peak_mb"] for clients in asked.server}
         figures |= {"server_peak_mb": peaks, "server_mb_per_client": slope(peaks)}
     for name, keep in (("stateless", 0), ("with_state", 1)) if asked.hosted else ():
         found = {n: result(case("simulate", n, keep, min(asked.per_round, n), asked.rounds)) for n in asked.hosted}
@@ -157,9 +158,9 @@ def be(kind: str, given: list[str]) -> None:
     """One case, in this process."""
     torch.set_num_threads(1)
     if kind == "server":
-        serve(int(given[0]), float(given[1]), int(given[2]), int(given[3]))
+        serve(int(given[0]), float(given[1]), int(given[2]), given[3], int(given[4]))
     elif kind == "clients":
-        be_clients(int(given[0]), int(given[1]), int(given[2]))
+        be_clients(int(given[0]), int(given[1]), given[2], int(given[3]))
     else:
         simulate(int(given[0]), given[1] == "1", int(given[2]), int(given[3]))
 
