@@ -270,6 +270,7 @@ def main() -> None:
     parser.add_argument("--mib", type=float, default=16)
     parser.add_argument("--launcher", choices=("torchrun", "mpirun", "in_process"), default="torchrun")
     parser.add_argument("--exchange", choices=("star", "collective"), default="star")
+    parser.add_argument("--apart", type=int, default=0, help="1: as if each rank were on a machine of its own")
     asked = parser.parse_args()
     if asked.exchange == "collective" and asked.launcher == "in_process":
         parser.error("--exchange collective: threads have no library to compare with; give --launcher torchrun or mpirun")
@@ -277,7 +278,7 @@ def main() -> None:
     world = from_environment(os.environ)
     if world.size > 1:
         kind = Mpi if world.transport == "mpi" else Gloo
-        with transports.open(world, timeout_s=120) as transport:
+        with transports.open(world, timeout_s=120, apart=bool(asked.apart)) as transport:
             measure(asked, transport, lambda flat, weights: kind(flat, world.rank, weights))
     elif asked.launcher == "in_process":
         in_threads(asked)

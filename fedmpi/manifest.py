@@ -213,7 +213,7 @@ class Packed:
         """The bytes of a slice, as a tensor."""
         if self._whole is not None:
             return self._whole[start:stop]
-        made = room(stop - start, torch.uint8)
+        made = room(stop - start, torch.uint8, to_lend=True)
         places = self._manifest.places
         for spec, there in places[bisect_right(places, start, key=lambda one: one[1].stop) :]:
             if there.start >= stop:

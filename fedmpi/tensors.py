@@ -1,7 +1,9 @@
 """Named tensors: what an adapter is once it has left its model. Pure functions; they know nothing of models, clients or links."""
 
+import fcntl
 import hashlib
 import mmap
+import os
 import sys
 import threading
 import time
@@ -10,40 +12,65 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 
 Tensors = dict[str, torch.Tensor]
 LARGE_BYTES = 1 << 20
+F_SEAL_FUTURE_WRITE = 0x10  # fcntl names it from Python 3.13 on
 KEPT_S = 60.0  # after that, idle memory goes back to the system when memory of another size is asked for
 
 
-def room(num: int, dtype: torch.dtype) -> torch.Tensor:
+def room(num: int, dtype: torch.dtype, to_lend: bool = False) -> torch.Tensor:
     """Memory for so many elements, with whatever was in it before.
 
     Large memory that nobody holds any more is used again, and lies in huge pages where there are any: to touch pages that are new
     to the process costs more than most of what is done with them, and malloc gives large ones back to the system after each use.
+    What other processes of this machine are to read can be lent to them, where the system has such memory.
     """
     size, now = num * dtype.itemsize, time.monotonic()
-    if size < LARGE_BYTES:
+    if size < (LARGE_BYTES if not to_lend else 1):
         return torch.empty(num, dtype=dtype)
     with _lock:
         idle = [one for one in _rooms if one.num_holders() == _IDLE]
-        found = next((one for one in idle if size <= len(one.memory) <= 2 * size), None)
+        found = next((one for one in idle if size <= len(one.memory) <= 2 * size and (one.file >= 0) == to_lend), None)
         if found is None:
             for one in idle:
                 if now - one.used > KEPT_S:
                     _rooms.remove(one)
-            _rooms.append(found := _Room(_huge(size)))
+                    one.close()
+            _rooms.append(found := _lendable(size) if to_lend else _Room(_huge(size)))
         found.used = now
         return torch.frombuffer(found.memory, dtype=dtype, count=num)
 
 
-def _huge(size: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def lent(memory: memoryview) -> tuple[int, int] | None:
+    """The file behind memory that can be lent, and where in it these bytes are."""
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    with _lock:
+        for one in _rooms:
+            if one.file >= 0 and 0 <= address - one.address <= len(one.memory) - len(memory):
+                return one.file, address - one.address
+    return None
+
+
+def _huge(size: int, file: int = -1) -> mmap.mmap:
+    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if file < 0 else mmap.MAP_SHARED
+    memory = mmap.mmap(file, size, flags=kind)
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+def _lendable(size: int) -> "_Room":
+    """Sealed, so that nobody else can change it, or cut it short."""
+    file = os.memfd_create("fedmpi", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(file, size)
+    memory = _huge(size, file)
+    with suppress(OSError):  # before Linux 5.1
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+    return _Room(memory, file=file, address=np.frombuffer(memory, np.uint8).ctypes.data)
 
 
 @dataclass(eq=False)
@@ -52,10 +79,17 @@ class _Room:
 
     memory: mmap.mmap
     used: float = 0.0
+    file: int = -1
+    address: int = 0
 
     def num_holders(self) -> int:
         """This object and the call count too."""
         return sys.getrefcount(self.memory)
+
+    def close(self) -> None:
+        """Nobody holds it."""
+        if self.file >= 0:
+            os.close(self.file)
 
 
 _rooms: list[_Room] = []

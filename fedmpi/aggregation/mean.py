@@ -268,7 +268,7 @@ class Sums:
         for dtype, same in itertools.groupby(self.like.items(), key=lambda item: item[1].dtype):
             tensors = dict(same)
             sizes = [tensor.numel() for tensor in tensors.values()]
-            quotient = room(sum(sizes), dtype)
+            quotient = room(sum(sizes), dtype, to_lend=True)
             for part, sum_ in zip(
                 torch.split(quotient, _BLOCK), torch.split(self.values[start : start + len(quotient)], _BLOCK), strict=True
             ):

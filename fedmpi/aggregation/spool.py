@@ -26,6 +26,7 @@ class Sent(Weighted, Protocol):
     def client(self) -> int: ...
 
 
+HELD_BYTES = 32 << 20  # of pieces that may have to be taken back; what is more of them goes to scratch space
 U = TypeVar("U", bound=Sent)
 Places = dict[str, tuple[int, torch.Size, torch.dtype]]
 
@@ -39,6 +40,7 @@ class Spool:
         self._weights: dict[int, int] = {}
         self._end = 0
         self._idle: list[int] = []  # where taped updates were that are not needed any more
+        self._held_bytes = 0
 
     def __enter__(self) -> "Spool":
         return self
@@ -65,11 +67,27 @@ class Spool:
                 yield piece
                 continue
             tape = tapes.get(piece.update) or tapes.setdefault(piece.update, _tape(piece))
-            if keep or piece.values.numel() < tape.num_elements:  # one that is all of its update was seen whole before
+            if keep:
                 self._record(tape, piece)
+            elif piece.values.numel() < tape.num_elements:  # one that is all of its update was seen whole before
+                self._hold(tape, piece)
             yield piece
             if piece.first + piece.values.numel() == tape.num_elements:
                 self._finish(tapes.pop(piece.update), keep)
+
+    def _hold(self, tape: "_Tape", piece: Piece) -> None:
+        """A piece that is only to be taken back, if at all, stays where it is: to write it costs more than to look at it."""
+        size = piece.values.numel() * piece.values.element_size()
+        if self._held_bytes + size > HELD_BYTES:
+            self._record(tape, piece)
+            return
+        self._held_bytes += size
+        tape.held.append((piece.first, piece.values))
+
+    def _let_go(self, tape: "_Tape") -> None:
+        self._held_bytes -= sum(values.numel() * values.element_size() for _, values in tape.held)
+        if tape.start >= 0:
+            self._idle.append(tape.start)
 
     def _record(self, tape: "_Tape", piece: Piece) -> None:
         if tape.start < 0:
@@ -83,14 +101,16 @@ class Spool:
         for first, num, dtype in tape.taken:
             yield replace(tape.head, first=first, values=self._read(place, num, dtype), back=True)
             place += num * dtype.itemsize
-        self._idle.append(tape.start)
+        for first, values in tape.held:
+            yield replace(tape.head, first=first, values=values, back=True)
+        self._let_go(tape)
 
     def _finish(self, tape: "_Tape", keep: bool) -> None:
         if keep:
             self._places[tape.head.update] = _places(tape.head.like, tape.start)
             self._weights[tape.head.update] = tape.head.weight
-        elif tape.start >= 0:
-            self._idle.append(tape.start)
+        else:
+            self._let_go(tape)
 
     def taking(self, updates: Iterable[U], prefix: str) -> Iterator[U]:
         """The updates as they come, without a group of their tensors: that is kept here."""
@@ -154,6 +174,7 @@ class _Tape:
     num_bytes: int
     start: int = -1  # in the file
     taken: list[tuple[int, int, torch.dtype]] = field(default_factory=list)  # first element, how many, of what
+    held: list[tuple[int, torch.Tensor]] = field(default_factory=list)  # first element, and those that are not in the file
 
 
 def _tape(piece: Piece) -> _Tape:

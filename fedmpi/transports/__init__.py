@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 _MODULES = {"torch": "torch_dist", "mpi": "mpi", "in_process": "in_process"}
 
 
-def open(world: World, *, timeout_s: float) -> "Transport":
-    """This rank's transport, once every rank has arrived; who is missing after `timeout_s` is named on every rank."""
+def open(world: World, *, timeout_s: float, apart: bool = False) -> "Transport":
+    """This rank's transport, once every rank has arrived; who is missing after `timeout_s` is named on every rank.
+
+    Ranks of one machine lend each other memory; `apart` has them behave as if each were on a machine of its own.
+    """
     module = importlib.import_module(f"{__name__}.{_MODULES[world.transport]}")
-    return cast("Transport", module.open(world, timeout_s=timeout_s))
+    return cast("Transport", module.open(world, timeout_s=timeout_s, **({"apart": True} if apart else {})))

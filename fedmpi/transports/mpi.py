@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedmpi.errors import PeerSilent, WorldError
 from fedmpi.messages import CHUNK_BYTES
+from fedmpi.transports import shared
 from fedmpi.transports.base import GRACE_S, Transport
+from fedmpi.transports.link import Wire
 from fedmpi.world import World
 
 if TYPE_CHECKING:
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 MIN_PAUSE_S, MAX_PAUSE_S = 20e-6, 2e-3
 PATIENCE = 0.1  # a pause is this share of the time that nothing has come
 ARRIVAL, VERDICT = 1, 2  # tags on COMM_WORLD
+NEAR = 1  # a tag on its duplicate, where links have their own from 2 on
 MAX_VERDICT_BYTES = 1024
+MAX_NAME_BYTES = 64
 EXIT_CODE = 1
 
 
@@ -260,8 +264,35 @@ def _abort_at_exit(mpi: ModuleType) -> None:
     atexit.register(mpi.COMM_WORLD.Abort, EXIT_CODE)
 
 
-def open(world: World, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES) -> Transport:
-    """Meet the other ranks and link up: the server to every client rank, a client rank to the server."""
+def _near(mpi: ModuleType, comm: Any, world: World, timeout_s: float, apart: bool) -> dict[int, Wire]:
+    """Links to the ranks that find the server on their own machine, by peer; each says whether it did."""
+
+    def wait(requests: Sequence[Any], what: str) -> None:
+        if _finish(mpi, requests, timeout_s):
+            _abort_at_exit(mpi)
+            raise PeerSilent(f"rank {world.rank} of {world.size}: {what} did not finish within {timeout_s:g} s")
+
+    listener = shared.Listener() if world.rank == 0 and world.local_size > 1 and not apart else None
+    space = bytearray((listener.name if listener is not None else "").encode().ljust(MAX_NAME_BYTES, b"\0"))
+    wait([comm.Ibcast([space, mpi.BYTE], 0)], "the broadcast of the server's name")
+    name = space.rstrip(b"\0").decode()
+    if not name:
+        return {}
+    if world.rank:
+        wire = shared.call(name, world.rank, 1)
+        wait([comm.Isend([b"n" if wire is None else b"y", mpi.BYTE], 0, NEAR)], "its answer whether the server is near")
+        return {} if wire is None else {0: wire}
+    assert listener is not None
+    said = {peer: bytearray(1) for peer in range(1, world.size)}
+    wait([comm.Irecv([one, mpi.BYTE], peer, NEAR) for peer, one in said.items()], "the clients' answer whether they are near")
+    return {peer: listener.link(peer, 1) for peer, one in said.items() if one == b"y"}
+
+
+def open(world: World, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES, apart: bool = False) -> Transport:
+    """Meet the other ranks and link up: the server to every client rank, a client rank to the server.
+
+    Ranks of one machine lend each other memory, unless they are to behave as if they were apart.
+    """
     mpi = _load()
     if (mpi.COMM_WORLD.rank, mpi.COMM_WORLD.size) != (world.rank, world.size):
         found = f"MPI says rank {mpi.COMM_WORLD.rank} of {mpi.COMM_WORLD.size}"
@@ -271,12 +302,15 @@ def open(world: World, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES) -> T
     if _finish(mpi, [duplicated], timeout_s):
         _abort_at_exit(mpi)
         raise PeerSilent(f"rank {world.rank} of {world.size}: MPI_Comm_idup did not finish within {timeout_s:g} s")
+    near = _near(mpi, comm, world, timeout_s, apart)
     progress = Progress(mpi)
     atexit.register(progress.stop)
     generations = dict.fromkeys([0] if world.rank else range(1, world.size), 0)
 
-    def connect(peer: int) -> MpiWire:
+    def connect(peer: int) -> Wire:
         generations[peer] += 1
+        if peer in near:
+            return near.pop(peer)  # one that is made anew goes by MPI
         return MpiWire(mpi, comm, progress, peer, generations[peer])
 
     return Transport(

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
+from functools import cached_property
 from time import monotonic, sleep
 from typing import Any
 
@@ -24,7 +25,9 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, ReduceOp, Store, TC
 
 from fedmpi.errors import LinkError, PeerLost, PeerSilent
 from fedmpi.messages import CHUNK_BYTES
+from fedmpi.transports import shared
 from fedmpi.transports.base import GRACE_S, Transport
+from fedmpi.transports.link import Wire
 from fedmpi.world import World
 
 FOREVER = timedelta(days=365)
@@ -111,7 +114,7 @@ def _reason(error: Exception) -> str:
 class Rendezvous:
     """How ranks find each other: keys in a store, under a prefix that carries the restart count of the job."""
 
-    def __init__(self, world: World, timeout_s: float) -> None:
+    def __init__(self, world: World, timeout_s: float, apart: bool = False) -> None:
         self.world, self.timeout_s = world, timeout_s
         self._generations: dict[int, int] = {}
         host, _, port = str(world.store).rpartition(":")
@@ -123,7 +126,21 @@ class Rendezvous:
             kind = LinkError if world.hosts_store else PeerSilent
             raise kind(f"rank {world.rank} of {world.size} {does} at {world.store} ({_reason(error)})") from None
         self._tcp, self._store = tcp, PrefixStore(f"fedmpi/{world.restart}", tcp)
-        self._device = _device(world, host)
+        self._host = host
+        self._listener = shared.Listener() if world.rank == 0 and world.local_size > 1 and not apart else None
+        if world.rank == 0:
+            self._store.set("listener", self._listener.name if self._listener is not None else "")
+
+    @cached_property
+    def _device(self) -> ProcessGroupGloo.Device:
+        """The interface that reaches the store also reaches the peers; GLOO_SOCKET_IFNAME overrides, as in torch."""
+        if "GLOO_SOCKET_IFNAME" not in os.environ:
+            with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect((self._host, 9))  # sends nothing, only chooses its own address
+                address = probe.getsockname()[0]
+                if not address.startswith("127.") or self.world.local_size == self.world.size:
+                    return ProcessGroupGloo.create_device(hostname=address)
+        return ProcessGroupGloo.create_default_device()
 
     def meet(self) -> None:
         """Wait until every rank has arrived. All ranks get the same verdict, which names who is missing."""
@@ -176,15 +193,31 @@ class Rendezvous:
             sleep(POLL_S)
         return True
 
-    def link(self, peer: int) -> GlooWire:
+    def link(self, peer: int) -> Wire:
         """A new generation of the link to `peer`: the client asks, the server takes the newest that was asked for."""
         client = self.world.rank or peer
         try:
             self._generations[client] = generation = self._agree(client)
+            if (near := self._shared(client, generation)) is not None:
+                return near
             store = PrefixStore(f"link/{client}/{generation}", self._store)
             return GlooWire(store, self.world.rank == 0, self._device, self.timeout_s)
         except RuntimeError as error:
             raise PeerLost(f"rank {peer}: no link to it could be made: {_reason(error)}") from None
+
+    def _shared(self, client: int, generation: int) -> Wire | None:
+        """A link through memory, if the client finds the server on its machine: it says so in the store."""
+        name, said = self._store.get("listener").decode(), f"shared/{client}/{generation}"
+        if not name:
+            return None
+        if self.world.rank:
+            wire = shared.call(name, client, generation)
+            self._store.set(said, "" if wire is None else "yes")
+            return wire
+        if not self._until(lambda: self._store.check([said]), self.timeout_s):
+            raise PeerLost(f"rank {client} did not come back to its link within {self.timeout_s:g} s")
+        assert self._listener is not None
+        return self._listener.link(client, generation) if self._store.get(said) else None
 
     def gather_all(self, generation: int) -> GlooTogether:
         """A process group of all ranks, once all of them are here."""
@@ -213,22 +246,14 @@ class Rendezvous:
         return generation
 
 
-def _device(world: World, host: str) -> ProcessGroupGloo.Device:
-    """The interface that reaches the store also reaches the peers; GLOO_SOCKET_IFNAME overrides, as in torch."""
-    if "GLOO_SOCKET_IFNAME" not in os.environ:
-        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing, only chooses its own address
-            address = probe.getsockname()[0]
-            if not address.startswith("127.") or world.local_size == world.size:
-                return ProcessGroupGloo.create_device(hostname=address)
-    return ProcessGroupGloo.create_default_device()
+def open(world: World, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES, apart: bool = False) -> Transport:
+    """Meet the other ranks and link up: the server to every client rank, a client rank to the server.
 
-
-def open(world: World, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES) -> Transport:
-    """Meet the other ranks and link up: the server to every client rank, a client rank to the server."""
+    Ranks of one machine lend each other memory, unless they are to behave as if they were apart.
+    """
     if world.size == 1:
         return Transport(0, 1, {}, _nobody, timeout_s=timeout_s, chunk_bytes=chunk_bytes)
-    rendezvous = Rendezvous(world, timeout_s)
+    rendezvous = Rendezvous(world, timeout_s, apart)
     try:
         rendezvous.meet()
         wires = {peer: rendezvous.link(peer) for peer in ([0] if world.rank else range(1, world.size))}

@@ -36,21 +36,21 @@ def test_everybody_leaves_in_good_order(transport: str) -> None:
     assert [len(gentle(transport).get(rank, [])) for rank in range(4)] == [len(GENTLE_NAMES)] * 4
 
 
-@pytest.mark.parametrize("transport", ["in_process", "torch"])
+@pytest.mark.parametrize("transport", ["in_process", "gloo", "shared"])
 def test_a_peer_that_dies_is_named_at_once(transport: str) -> None:
     reports = LAUNCHERS[transport](["dies"], 3, 60.0)
     assert "rank 2 is gone" in outcome(reports, 0, "dies")
     assert outcome(reports, 1, "dies") == "ok"
 
 
-@pytest.mark.parametrize("transport", ["in_process", "torch"])
+@pytest.mark.parametrize("transport", ["in_process", "gloo", "shared"])
 def test_a_peer_that_dies_inside_a_message_in_chunks_is_named_at_once(transport: str) -> None:
     reports = LAUNCHERS[transport](["breaks_off"], 3, 60.0)
     assert "rank 2 is gone after" in outcome(reports, 0, "breaks_off")
     assert outcome(reports, 1, "breaks_off") == "ok"
 
 
-@pytest.mark.parametrize("transport", ["in_process", "torch"])
+@pytest.mark.parametrize("transport", ["in_process", "gloo"])
 def test_a_peer_that_dies_before_a_collective_is_named_and_nobody_hangs(transport: str) -> None:
     reports = LAUNCHERS[transport](["dies_together"], 4, 60.0)
     assert "rank 2 is gone" in outcome(reports, 0, "dies_together")
@@ -72,8 +72,9 @@ def test_an_abort_reaches_everyone_with_its_text(transport: str) -> None:
         assert outcome(reports, rank, "abort") == "rank 1 ended the job: OSError: the disk is full at all"
 
 
-def test_a_restarted_process_comes_back_on_a_new_generation() -> None:
-    ranks = Spawned(60.0, 3)
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_restarted_process_comes_back_on_a_new_generation(apart: bool) -> None:
+    ranks = Spawned(60.0, 3, apart)
     ranks.start(["welcome_back"], 0)
     ranks.start(["welcome_back"], 1)
     ranks.start(["dies"], 2)

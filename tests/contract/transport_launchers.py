@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 from transport_cases import CHUNK_BYTES
-from transport_ranks import Report, gloo_rank, run_cases
+from transport_ranks import Report, run_cases, spawned_rank
 
 from fedmpi.transports import in_process
 
@@ -51,8 +51,8 @@ def in_threads(names: list[str], size: int, timeout_s: float) -> dict[int, Repor
 class Spawned:
     """Ranks as processes forked from a server that has torch imported already."""
 
-    def __init__(self, timeout_s: float, size: int) -> None:
-        self.timeout_s, self.size, self.port = timeout_s, size, free_port()
+    def __init__(self, timeout_s: float, size: int, apart: bool = False) -> None:
+        self.timeout_s, self.size, self.port, self.apart = timeout_s, size, free_port(), apart
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["transport_ranks", "fedmpi.transports.torch_dist"])
         self.started: list[tuple[int, multiprocessing.Process, object]] = []
@@ -60,8 +60,8 @@ class Spawned:
     def start(self, names: list[str], rank: int) -> None:
         """Start one rank."""
         back, to_child = self.context.Pipe(duplex=False)
-        arguments = (names, rank, self.size, self.port, self.timeout_s, to_child)
-        process = self.context.Process(target=gloo_rank, args=arguments)
+        arguments = (names, rank, self.size, self.port, self.timeout_s, self.apart, to_child)
+        process = self.context.Process(target=spawned_rank, args=arguments)
         process.start()
         to_child.close()
         self.started.append((rank, process, back))
@@ -84,15 +84,20 @@ class Spawned:
 
 
 def over_gloo(names: list[str], size: int, timeout_s: float) -> dict[int, Report]:
-    """All ranks of a world over gloo."""
-    ranks = Spawned(timeout_s, size)
+    """All ranks of a world over gloo, as if each were on a machine of its own."""
+    return over_torch(names, size, timeout_s, apart=True)
+
+
+def over_torch(names: list[str], size: int, timeout_s: float, apart: bool = False) -> dict[int, Report]:
+    """All ranks of a world that meet through torch's store; on one machine they lend each other memory."""
+    ranks = Spawned(timeout_s, size, apart)
     for rank in range(size):
         ranks.start(names, rank)
     return ranks.reports()
 
 
 def over_mpi(names: list[str], size: int, timeout_s: float) -> dict[int, Report]:
-    """All ranks of a world under mpirun."""
+    """All ranks of a world under mpirun, as if each were on a machine of its own."""
     with tempfile.TemporaryDirectory() as folder:
         program = [sys.executable, str(HERE / "transport_ranks.py"), ",".join(names), str(timeout_s), folder]
         paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
@@ -101,4 +106,4 @@ def over_mpi(names: list[str], size: int, timeout_s: float) -> dict[int, Report]
         return {int(path.name): ast.literal_eval(path.read_text()) for path in Path(folder).iterdir()}
 
 
-LAUNCHERS = {"in_process": in_threads, "torch": over_gloo, "mpi": over_mpi}
+LAUNCHERS = {"in_process": in_threads, "gloo": over_gloo, "shared": over_torch, "mpi": over_mpi}

@@ -35,13 +35,15 @@ def world(transport: str, rank: int, size: int, port: int = 0) -> World:
     return World("env", rank, size, rank, size, transport, store, hosts_store=rank == 0)  # type: ignore[arg-type]
 
 
-def gloo_rank(names: list[str], rank: int, size: int, port: int, timeout_s: float, back: object) -> None:
+def spawned_rank(names: list[str], rank: int, size: int, port: int, timeout_s: float, apart: bool, back: object) -> None:
     """A spawned process: sends its report, or the error of opening, back through a pipe."""
-    from fedmpi.transports import torch_dist
+    from fedmpi.transports import shared, torch_dist
 
     torch.set_num_threads(1)
+    shared.LENT_BYTES = transport_cases.CHUNK_BYTES // 2
     try:
-        t = torch_dist.open(world("torch", rank, size, port), timeout_s=timeout_s, chunk_bytes=transport_cases.CHUNK_BYTES)
+        where, chunk_bytes = world("torch", rank, size, port), transport_cases.CHUNK_BYTES
+        t = torch_dist.open(where, timeout_s=timeout_s, chunk_bytes=chunk_bytes, apart=apart)
     except LinkError as error:
         back.send([("open", str(error))])
     else:
@@ -60,7 +62,7 @@ def mpi_rank(names: list[str], timeout_s: float, folder: str) -> int:
 
         time.sleep(60)
     try:
-        t = mpi.open(world("mpi", rank, size), timeout_s=timeout_s, chunk_bytes=transport_cases.CHUNK_BYTES)
+        t = mpi.open(world("mpi", rank, size), timeout_s=timeout_s, chunk_bytes=transport_cases.CHUNK_BYTES, apart=True)
         report = run_cases(t, names)
     except LinkError as error:
         report = [("open", str(error))]

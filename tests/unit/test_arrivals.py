@@ -127,6 +127,13 @@ def taped(received: object, rnd: Round) -> Tensors:
         return mean_of(spool.taping(received.pieces(), keep=False), rnd.scale)
 
 
+def taped_in_scratch(received: object, rnd: Round) -> Tensors:
+    """The same where the pieces are too many to be held."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedmpi.aggregation.spool.HELD_BYTES", 2 * CHUNK_BYTES)
+        return taped(received, rnd)
+
+
 def kept(received: object, rnd: Round) -> Tensors:
     """The same where the updates are wanted afterwards; what the spool then holds gives the same mean."""
     assert isinstance(received, Streamed)
@@ -161,7 +168,7 @@ def nearly_all(client: int, like: Tensors) -> Look:
 
 
 @pytest.mark.parametrize("size", [4, 6])
-@pytest.mark.parametrize("aggregate", [taped, kept, whole, put_together])
+@pytest.mark.parametrize("aggregate", [taped, taped_in_scratch, kept, whole, put_together])
 def test_an_update_that_is_refused_on_its_way_leaves_no_trace(aggregate: Callable[[object, Round], Tensors], size: int) -> None:
     seen = run(aggregate, size, check=nearly_all)
     assert seen.error is None and sorted(seen.counted) == [0, 4]
@@ -201,7 +208,7 @@ def breaks(fed: Federation, rnd: Round) -> None:
     link.close()
 
 
-@pytest.mark.parametrize("aggregate", [taped, kept, whole])
+@pytest.mark.parametrize("aggregate", [taped, taped_in_scratch, kept, whole])
 def test_an_update_that_breaks_off_leaves_nothing_where_the_run_goes_on(aggregate: Callable[[object, Round], Tensors]) -> None:
     def fails(fed: Federation, rnd: Round) -> None:
         assert fed.post is not None
