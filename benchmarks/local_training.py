@@ -23,12 +23,12 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 
-import peft
 import torch
 import transformers
 
 from fedmpi.data.batching import collate
 from fedmpi.data.prompts import IGNORED, Example
+from fedmpi.models.library import peft
 from fedmpi.training import Config, fit
 
 PAD = 0

@@ -94,7 +94,8 @@ def host(asked: argparse.Namespace, folder: Path) -> Still:
         num_attention_heads=4,
         pad_token_id=PAD,
     )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    with models.without_optional():
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
     base = Base(models.Config(path=str(folder)), models.PeftConfig(rank=asked.rank), "cpu", 0)
     base.tokenizer = SimpleNamespace(pad_token_id=PAD)  # the examples are tokens already
     clients = tuple(data.ClientData(c, [], []) for c in range(asked.clients))

@@ -47,7 +47,8 @@ def run(given: argparse.Namespace) -> int:
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    model.save_pretrained(part)
+    with models.without_optional():  # a model on its way to a file is in no engine's hands
+        model.save_pretrained(part)
     models.load_tokenizer(target.model).save_pretrained(part)
     part.rename(out)
     print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in {str(model.dtype).removeprefix('torch.')}")

@@ -4,9 +4,11 @@ Energy is that of the processor packages and GPUs of this machine while the work
 counts it (no RAPL that may be read, no NVML), it is None: unknown is not zero.
 """
 
+import os
 import resource
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +48,15 @@ class Meter:
 
 def packages_uj(root: Path = POWERCAP) -> dict[Path, int]:
     """The counters of the processor packages, in microjoules; those that may not be read are left out."""
-    found = {}
-    for package in sorted(root.glob("intel-rapl:[0-9]*")):
-        if package.name.count(":") == 1:  # its cores and its memory are counted in it
-            try:
-                found[package] = int((package / "energy_uj").read_text())
-            except (OSError, ValueError):
-                continue
+    found: dict[Path, int] = {}
+    try:
+        names = sorted(os.listdir(root))
+    except OSError:  # no powercap in this kernel, or not for us
+        return found
+    for name in names:
+        if name.startswith("intel-rapl:") and name.count(":") == 1:  # its cores and its memory are counted in it
+            with suppress(OSError, ValueError):
+                found[root / name] = int((root / name / "energy_uj").read_text())
     return found
 
 

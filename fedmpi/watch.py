@@ -40,7 +40,7 @@ class Work:
     thread: threading.Thread = field(default_factory=threading.current_thread)
     last: float = field(default_factory=monotonic)
     step_s: float = 0.0
-    over: threading.Event = field(default_factory=threading.Event)
+    over: bool = False
     wanted: str = ""  # why it is to be interrupted
     reporting: threading.Lock = field(default_factory=threading.Lock)  # work does not end in the middle of a report
 
@@ -48,34 +48,64 @@ class Work:
         """Called by the work itself."""
         now = monotonic()
         self.step_s, self.last = now - self.last, now
-        _seen.set()
+        if not _seen.is_set():  # to look is cheaper than to set
+            _seen.set()
 
     def patience_s(self) -> float:
         """How long no tick is no harm."""
         return self.limit_s + PATIENCE * self.step_s if _seen.is_set() else PATIENCE * self.limit_s
 
+    def look(self, now: float, passed_s: float) -> None:
+        """The watching thread, so long after it looked before."""
+        if passed_s > self.limit_s / 2:  # it is the process that was stopped
+            self.last = now
+        if self.wanted:
+            with self.reporting:
+                if not self.over:
+                    self.report(self.wanted)
+        elif now - self.last > self.patience_s():
+            self.wanted = f"no step for {now - self.last:.0f} s, in {place(self.thread)}"
+            if self.thread is threading.main_thread():
+                signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPT)
+
+
+@dataclass
+class Watcher:
+    """The thread that looks at the work of another, as long as that lives: to start one for each turn costs as much as a step."""
+
+    watched: threading.Thread = field(default_factory=threading.current_thread)
+    work: Work | None = None
+    period_s: float = 1.0
+    sooner: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        """Begin."""
+        self.own = threading.Thread(target=self.watch, name="watch", daemon=True)
+        self.own.start()
+
+    def turn_to(self, work: Work | None) -> None:
+        """Look at this from now on."""
+        self.work = work
+        if work is not None and work.limit_s / 4 < self.period_s:
+            self.period_s = work.limit_s / 4
+            self.sooner.set()
+
     def watch(self) -> None:
-        """The watching thread."""
-        period_s, before = min(1.0, self.limit_s / 4), monotonic()
-        while not self.over.wait(period_s):
-            now = monotonic()
-            if now - before > self.limit_s / 2:  # it is the process that was stopped
-                self.last = now
+        """The thread itself."""
+        before = monotonic()
+        while self.watched.is_alive():
+            if self.sooner.wait(self.period_s):
+                self.sooner.clear()
+            now, work = monotonic(), self.work
+            if work is not None:
+                work.look(now, now - before)
             before = now
-            if self.wanted:
-                with self.reporting:
-                    if not self.over.is_set():
-                        self.report(self.wanted)
-            elif now - self.last > self.patience_s():
-                self.wanted = f"no step for {now - self.last:.0f} s, in {place(self.thread)}"
-                if self.thread is threading.main_thread():
-                    signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPT)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """The signal's handler, in the main thread: whatever waits there ends with this. It stays, since a signal may be late."""
     work: Work | None = getattr(_here, "work", None)
-    if work is not None and work.wanted and not work.over.is_set():
+    if work is not None and work.wanted and not work.over:
         raise Stuck(work.wanted)
 
 
@@ -88,14 +118,18 @@ def over(limit_s: float | None, report: Callable[[str], None]) -> Iterator[None]
     work, outer = Work(limit_s, report), getattr(_here, "work", None)
     if work.thread is threading.main_thread():
         signal.signal(INTERRUPT, _interrupt)
+    watcher: Watcher | None = getattr(_here, "watcher", None)
+    if watcher is None or not watcher.own.is_alive():  # a process that was forked has this thread alone
+        watcher = _here.watcher = Watcher()
     _here.work = work
-    threading.Thread(target=work.watch, name="watch", daemon=True).start()
+    watcher.turn_to(work)
     try:
         yield
     finally:
         with work.reporting:
-            work.over.set()
+            work.over = True
         _here.work = outer
+        watcher.turn_to(outer)
 
 
 def place(thread: threading.Thread) -> str:

@@ -11,6 +11,7 @@ from fedmpi.tensors import Tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch.nn import Parameter
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fedmpi.offsite import Layout
@@ -54,6 +55,11 @@ class Base:
         """The adapter as it begins, whatever has been loaded into the model since."""
         return self._loaded[1]
 
+    @property
+    def trained(self) -> "dict[str, Parameter]":
+        """What is trained at any time, by its name in this model: found once, for a model has many modules to be walked."""
+        return self._loaded[3]
+
     def part(self, tensors: Tensors, part: str) -> Tensors:
         """Those of the tensors that belong to adapter or emulator."""
         assert self.layout is not None
@@ -61,12 +67,12 @@ class Base:
 
     def load(self, tensors: Tensors) -> None:
         """Write values into everything that is trained at any time, whether it moves now or not."""
-        models.load_trainable(self.model, {self._inside.get(n, n): t for n, t in tensors.items()}, tuple(self._inside.values()))
+        models.write(self.trained, {self._inside.get(name, name): tensor for name, tensor in tensors.items()})
 
     def take(self, part: str | None = None) -> Tensors:
         """Copies of what is trained, or of one part of it, ready to be sent."""
         names = sorted(self.fresh if part is None else self.part(self.fresh, part))
-        taken = models.trainable(self.model, [self._inside[name] for name in names])
+        taken = models.copies({inside: self.trained[inside] for inside in map(self._inside.__getitem__, names)})
         return dict(zip(names, taken.values(), strict=True))
 
     def wearing(self, adapter: Tensors | None) -> Any:
@@ -81,9 +87,8 @@ class Base:
     def tune(self, part: str) -> None:
         """From now on let this part move, and nothing else."""
         moving = self.part(self.fresh, part)
-        parameters = dict(self.model.named_parameters())
         for name, inside in self._inside.items():
-            parameters[inside].requires_grad_(name in moving)
+            self.trained[inside].requires_grad_(name in moving)
         models.drop_where_trained(self.model, self.peft.dropout)
 
     @property
@@ -103,13 +108,14 @@ class Base:
         return models.trainable(self.model)
 
     @cached_property
-    def _loaded(self) -> "tuple[PreTrainedModel | PeftModel, Tensors, dict[str, str]]":
+    def _loaded(self) -> "tuple[PreTrainedModel | PeftModel, Tensors, dict[str, str], dict[str, Parameter]]":
         backbone = self.given.model if self.given else models.load_model(self.config, self.device)
         tokenizer = self.tokenizer if self.peft.init_text else None
         model = models.add_adapter(backbone, self.peft, self.seed, tokenizer, self.layers)
-        values = models.trainable(model)
+        trained = models.trained(model)
+        values = models.copies(trained)
         names = {self.layout.original(name) if self.layout else name: name for name in values}
-        return model, {name: values[inside] for name, inside in names.items()}, names
+        return model, {name: values[inside] for name, inside in names.items()}, names, trained
 
     @property
     def pad_id(self) -> int:

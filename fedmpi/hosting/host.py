@@ -111,8 +111,8 @@ class Host:
     def turn(self, client: int, sent: Tensors, rnd: Round) -> "Iterator[PreTrainedModel | PeftModel]":
         """A client's turn on the base: the model with the adapter as it was sent, at the client's rank, ready to be trained."""
         tensors = self._at_rank(client, self.whole(sent))
-        models.load_trainable(self.base.model, tensors)
-        with models.only(self.base.model, aggregation.trained(tensors, self.rules.rule, rnd.index)):
+        models.write(self.base.trained, tensors)
+        with models.only(self.base.trained, aggregation.trained(tensors, self.rules.rule, rnd.index)):
             yield self.base.model
 
     def check(self, server: Any, rnd: Round, beside: Tensors | None = None) -> "aggregation.Check":

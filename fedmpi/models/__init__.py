@@ -11,14 +11,17 @@ if TYPE_CHECKING:
     from fedmpi.models.adapters import adapted as adapted
     from fedmpi.models.adapters import add_adapter as add_adapter
     from fedmpi.models.adapters import bare as bare
+    from fedmpi.models.adapters import copies as copies
     from fedmpi.models.adapters import drop_where_trained as drop_where_trained
     from fedmpi.models.adapters import load_trainable as load_trainable
     from fedmpi.models.adapters import merged as merged
+    from fedmpi.models.adapters import moving as moving
     from fedmpi.models.adapters import only as only
     from fedmpi.models.adapters import save_adapter as save_adapter
     from fedmpi.models.adapters import trainable as trainable
     from fedmpi.models.adapters import trained as trained
     from fedmpi.models.adapters import worn as worn
+    from fedmpi.models.adapters import write as write
     from fedmpi.models.backbone import base_of as base_of
     from fedmpi.models.backbone import dtype_of as dtype_of
     from fedmpi.models.backbone import load_model as load_model
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from fedmpi.models.backbone import load_tokenizer as load_tokenizer
     from fedmpi.models.backbone import public_name as public_name
     from fedmpi.models.folding import Folds as Folds
+    from fedmpi.models.library import without_optional as without_optional
     from fedmpi.models.methods import initialise as initialise
     from fedmpi.models.outline import Outline as Outline
     from fedmpi.models.outline import same_for_all as same_for_all
@@ -38,7 +42,7 @@ if TYPE_CHECKING:
     from fedmpi.models.virtual import to_continue as to_continue
     from fedmpi.models.virtual import virtual_positions as virtual_positions
 
-# peft imports bitsandbytes wherever it is installed, and that asks in vain for an optional kernel from the hub.
+# bitsandbytes asks in vain for an optional kernel from the hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
@@ -141,15 +145,18 @@ __getattr__ = door(
         **dict.fromkeys(
             (
                 "add_adapter",
+                "copies",
                 "trained",
                 "trainable",
                 "load_trainable",
+                "moving",
                 "only",
                 "drop_where_trained",
                 "save_adapter",
                 "adapted",
                 "merged",
                 "worn",
+                "write",
                 "bare",
             ),
             "adapters",
@@ -158,6 +165,7 @@ __getattr__ = door(
         **dict.fromkeys(("Outline", "same_for_all", "stored"), "outline"),
         "Folds": "folding",
         "find_targets": "targets",
+        "without_optional": "library",
         **dict.fromkeys(("held_bytes", "num_weights"), "quantized"),
         "require_packing": "packing",
         "initialise": "methods",

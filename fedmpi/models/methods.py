@@ -8,12 +8,12 @@ from collections.abc import Collection
 from itertools import cycle, islice
 from typing import Any
 
-import peft
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmpi.errors import ModelError
 from fedmpi.models import PeftConfig
+from fedmpi.models.library import peft
 from fedmpi.models.targets import ALL_LINEAR, all_conv1d, find_targets, inside
 from fedmpi.seeding import seed_for
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-from peft import PeftModel
+
+from fedmpi.models.library import PeftModel
 
 
 def virtual_positions(model: Any) -> int:

@@ -202,7 +202,8 @@ def client_side(wanted: Recipe, model: Any, whole: int) -> Side:
     from fedmpi.models import costs
 
     length = wanted.data.max_length
-    with models.only(model, _moving(wanted, models.trained(model), 0)):
+    trained = models.trained(model)
+    with models.only(trained, _moving(wanted, trained, 0)):
         step = costs.step_of(model, wanted.train.batch_size, length)
     each = 3 * SENT_BYTES + STATE_BYTES[wanted.train.optimizer]
     side = _side(

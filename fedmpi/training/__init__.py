@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from fedmpi.training.inner import InnerWorld as InnerWorld
     from fedmpi.training.inner import host as host
     from fedmpi.training.inner import join as join
-    from fedmpi.training.loop import Fit as Fit
     from fedmpi.training.loop import fit as fit
     from fedmpi.training.optim import OptimState as OptimState
+    from fedmpi.training.tally import Fit as Fit
     from fedmpi.training.zero import check as check
 
 Optimizer = Literal["adamw", "adam", "sgd", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
@@ -136,7 +136,8 @@ def _expect(config: Config, key: str, allowed: Callable[..., bool], words: str) 
 __getattr__ = door(
     __name__,
     {
-        **dict.fromkeys(("fit", "Fit"), "loop"),
+        "fit": "loop",
+        "Fit": "tally",
         **dict.fromkeys(("Hook", "Step", "load_hooks"), "hooks"),
         **dict.fromkeys(("InnerWorld", "Host", "host", "join"), "inner"),
         "OptimState": "optim",

@@ -6,10 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -19,6 +18,7 @@ from fedmpi.data.batching import Batch, batches
 from fedmpi.data.prompts import Example
 from fedmpi.errors import NonFinite, TrainingError
 from fedmpi.models import costs
+from fedmpi.models.adapters import moving
 from fedmpi.models.logits import supervised_logits
 from fedmpi.seeding import seed_everything, seed_for
 from fedmpi.training import Config, engines, memory, optim
@@ -26,6 +26,7 @@ from fedmpi.training.compiling import as_written, compiled
 from fedmpi.training.engine import Engine
 from fedmpi.training.hooks import Hook, Step, load_hooks
 from fedmpi.training.precision import autocast, prepared
+from fedmpi.training.tally import Fit, Tally, names
 
 # From a model, a batch and the model's device to the sum of a loss over the batch's supervised tokens, in fp32.
 Loss = Callable[[torch.nn.Module, Batch, torch.device], torch.Tensor]
@@ -36,32 +37,6 @@ def token_loss(model: torch.nn.Module, batch: Batch, device: torch.device) -> to
     """How badly the supervised tokens are predicted: what a client trains on."""
     logits, targets = supervised_logits(model, batch, device)
     return cross_entropy(logits.float(), targets, reduction="sum")
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What a client's training came to; losses are means over supervised tokens, counts are of all the client's ranks.
-
-    `flops` is what the mathematics of forward and backward takes, attention and head included (see `models.costs`). `skipped`
-    says which steps were left out and why. `state` is there with optimizer_state `keep`.
-    """
-
-    loss: float
-    first_loss: float
-    last_loss: float
-    steps: int
-    examples: int
-    tokens: int
-    supervised: int
-    seconds: float
-    flops: int
-    skipped: tuple[str, ...] = ()
-    state: optim.OptimState | None = None
-
-    def metrics(self) -> dict[str, Any]:
-        """What travels with an update: the figures, and which steps were skipped and why."""
-        names = ("loss", "first_loss", "last_loss", "steps", "examples", "tokens", "supervised", "seconds", "flops")
-        return {name: float(getattr(self, name)) for name in names} | {"skipped": list(self.skipped)}
 
 
 @dataclass(frozen=True)
@@ -81,20 +56,6 @@ class _Turn:
     moving: frozenset[str]  # names of the parameters
 
 
-@dataclass
-class _Tally:
-    """What the steps came to; sums of loss and norms of gradients wait on their device until they are looked at."""
-
-    losses: list[float] = field(default_factory=list)
-    supervised: list[int] = field(default_factory=list)
-    examples: int = 0
-    tokens: int = 0
-    flops: int = 0
-    pending: list[tuple[Step, int, torch.Tensor]] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    parts: int = 1  # that a micro-batch is cut into, for want of memory
-
-
 def fit(
     model: torch.nn.Module,
     examples: Sequence[Example],
@@ -112,8 +73,9 @@ def fit(
     without it the optimiser starts fresh. Raises NonFinite, naming step and samples, before a bad weight can be sent.
     """
     started = time.perf_counter()
-    with prepared(model, config), compiled(model, config):
-        turn = _begin(model, examples, config, hooks, state, loss)
+    trained = moving(model)
+    with prepared(model, list(trained.values()), config), compiled(model, config):
+        turn = _begin(model, trained, examples, config, hooks, state, loss)
         seed_everything(seed_for(seed, "dropout", *([turn.engine.rank] if turn.engine.rank else [])))
         draws = batches(examples, config.batch_size * turn.engine.size, seed_for(seed, "batches"), pad_id)
         try:
@@ -124,24 +86,11 @@ def fit(
     _require_sound(turn)
     for hook in turn.hooks:
         hook.after_fit(model)
-    return _summary(turn, tally, state.step if state is not None else 0, time.perf_counter() - started)
-
-
-def _summary(turn: _Turn, tally: _Tally, steps_before: int, seconds: float) -> Fit:
-    supervised, taken = sum(tally.supervised), turn.num_steps - len(tally.skipped)
-    return Fit(
-        loss=math.fsum(tally.losses) / supervised,
-        first_loss=tally.losses[0] / tally.supervised[0],
-        last_loss=tally.losses[-1] / tally.supervised[-1],
-        steps=taken,
-        examples=tally.examples,
-        tokens=tally.tokens,
-        supervised=supervised,
-        seconds=seconds,
-        flops=tally.flops,
-        skipped=tuple(tally.skipped),
-        state=optim.save(turn.optimizer, turn.parameters, taken + steps_before) if turn.config.optimizer_state == "keep" else None,
-    )
+    kept = None
+    if config.optimizer_state == "keep":
+        taken = turn.num_steps - len(tally.skipped) + (state.step if state is not None else 0)
+        kept = optim.save(turn.optimizer, turn.parameters, taken)
+    return tally.fit(turn.num_steps, time.perf_counter() - started, kept)
 
 
 def num_micro_batches(config: Config, num_examples: int, num_ranks: int = 1) -> int:
@@ -153,13 +102,13 @@ def num_micro_batches(config: Config, num_examples: int, num_ranks: int = 1) -> 
 
 def _begin(
     model: torch.nn.Module,
+    parameters: Mapping[str, torch.nn.Parameter],
     examples: Sequence[Example],
     config: Config,
     hooks: Sequence[Hook],
     state: optim.OptimState | None,
     loss: Loss,
 ) -> _Turn:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not examples:
         raise TrainingError("no examples to train on: give the client rows, or leave it out of the federation")
     if not parameters:
@@ -190,9 +139,10 @@ def _begin(
     )
 
 
-def _train(turn: _Turn, draws: Iterator[Batch]) -> _Tally:
+def _train(turn: _Turn, draws: Iterator[Batch]) -> Tally:
     turn.engine.admit(turn.hooks)
-    tally = _Tally()
+    tally = Tally()
+    look = partial(tally.look, turn.engine.total, turn.config.on_nonfinite == "skip")
     # A step that may be skipped is looked at before it is taken, whatever the wait for it costs.
     at_once = turn.config.on_nonfinite == "skip" or (turn.device.type == "cpu" and turn.engine.size == 1)
     look_every = 1 if at_once else CHECK_EVERY
@@ -202,36 +152,36 @@ def _train(turn: _Turn, draws: Iterator[Batch]) -> _Tally:
         for hook in turn.hooks:
             hook.before_step(step)
         step = _gradients(turn, step, tally)
-        moves = len(tally.pending) < look_every or _look(turn, tally)
+        moves = len(tally.pending) < look_every or look()
         if moves:
             turn.engine.step()
         turn.engine.clear()
         for hook in turn.hooks if moves else ():
             hook.after_step(step)
-    _look(turn, tally)
+    look()
     if not tally.losses:
         raise NonFinite(f"all {turn.num_steps} steps were skipped; the first: {tally.skipped[0]}")
     return tally
 
 
-def _gradients(turn: _Turn, step: Step, tally: _Tally) -> Step:
+def _gradients(turn: _Turn, step: Step, tally: Tally) -> Step:
     """Fill the gradients of one step, clipped; its sum of losses and the norm of its gradient wait in the tally."""
     supervised = sum(batch.num_supervised for batch in step.batches)
     if not supervised:
-        raise TrainingError(f"step {step.index}: samples {_names(step)} have no supervised token")
+        raise TrainingError(f"step {step.index}: samples {names(step)} have no supervised token")
     loss = _passes(turn, step, supervised, tally)
     turn.engine.ready()
-    tally.examples += sum(batch.num_examples for batch in step.batches)
-    tally.tokens += sum(batch.num_tokens for batch in step.batches)
-    tally.flops += sum(costs.learned(step.model, turn.moving).of(batch.lengths()) for batch in step.batches)
-    step = replace(step, loss=loss / supervised)
+    work = costs.learned(step.model, turn.moving)
+    tally.count(step.batches, sum(work.of(batch.lengths()) for batch in step.batches))
+    if turn.hooks:  # nobody else reads it
+        step = replace(step, loss=loss / supervised)
     for hook in turn.hooks:
         hook.after_backward(step)
     tally.pending.append((step, supervised, torch.stack([loss, turn.engine.clip(turn.config.clip_norm)])))
     return step
 
 
-def _passes(turn: _Turn, step: Step, supervised: int, tally: _Tally) -> torch.Tensor:
+def _passes(turn: _Turn, step: Step, supervised: int, tally: Tally) -> torch.Tensor:
     """Forward and backward of a step; where memory does not last, once more from its start in micro-batches of half the size."""
     while True:
         batches = (
@@ -257,46 +207,22 @@ def _passes(turn: _Turn, step: Step, supervised: int, tally: _Tally) -> torch.Te
 
 def _pass(turn: _Turn, model: torch.nn.Module, batches: Sequence[Batch], supervised: int) -> torch.Tensor:
     """Add up the gradients of these micro-batches; gives the sum of their losses."""
-    loss = torch.zeros((), device=turn.device)
+    losses = []
     for number, batch in enumerate(batches, start=1):
         with nullcontext() if number == len(batches) else turn.engine.quiet():
             with costs.learning(model, turn.moving, partial(as_written, turn.config)):
                 part = _loss(turn, batch)
             # Engines divide the sum of gradients by the number of ranks; the division that counts is by supervised tokens.
             turn.engine.backward(part * (turn.engine.size / supervised))
-        loss += part.detach()
+        losses.append(part.detach())
         watch.tick()
-    return loss
+    return sum(losses[1:], losses[0])
 
 
 def _loss(turn: _Turn, batch: Batch) -> torch.Tensor:
     """The sum of the losses of this rank's share of a batch, in fp32."""
     with autocast(turn.config, turn.device):
         return turn.loss(turn.engine.model, turn.engine.share(batch), turn.device)
-
-
-def _look(turn: _Turn, tally: _Tally) -> bool:
-    """Move pending losses into the tally, the same on every rank of the client; whether the last of them may be stepped on.
-
-    What is not finite fails the fit, or is noted as a step to skip.
-    """
-    if not tally.pending:
-        return True
-    values = turn.engine.total(torch.stack([evidence for _, _, evidence in tally.pending])).tolist()
-    sound = True
-    for (step, supervised, _), (loss, norm) in zip(tally.pending, values, strict=True):
-        sound = math.isfinite(loss) and math.isfinite(norm)
-        if sound:
-            tally.losses.append(loss)
-            tally.supervised.append(supervised)
-            continue
-        what = f"loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
-        note = f"step {step.index} of {step.num_steps}: {what}, samples {_names(step)}"
-        if turn.config.on_nonfinite == "fail":
-            raise NonFinite(f"{note}; lower train.lr")
-        tally.skipped.append(note)
-    tally.pending.clear()
-    return sound
 
 
 def _require_sound(turn: _Turn) -> None:
@@ -307,8 +233,3 @@ def _require_sound(turn: _Turn) -> None:
     norm = torch.nn.utils.get_total_norm([p.detach() for p in turn.parameters.values()])
     if not math.isfinite(norm):
         raise NonFinite(f"after step {turn.num_steps - 1} the norm of the trained weights is {norm}; lower train.lr")
-
-
-def _names(step: Step) -> str:
-    ids = [str(name) for batch in step.batches for name in batch.ids]
-    return ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")

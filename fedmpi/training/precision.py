@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,20 +14,20 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """Matrix products in half the bytes; without effect for fp32 and half, where tensors already have the wanted type."""
-    return torch.autocast(device.type, _AUTOCAST.get(config.precision), enabled=config.precision in _AUTOCAST)
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """Matrix products in half the bytes; nothing for fp32 and half, where tensors already have the wanted type."""
+    dtype = _AUTOCAST.get(config.precision)
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
 @contextmanager
-def prepared(model: torch.nn.Module, config: Config) -> Iterator[None]:
-    """The model as the configuration trains it, and afterwards as it was, the trained values aside.
+def prepared(model: torch.nn.Module, trained: list[torch.nn.Parameter], config: Config) -> Iterator[None]:
+    """The model as the configuration trains these parameters of it, and afterwards as it was, the trained values aside.
 
     It stays in training mode: a switch costs as much as a small step, and evaluation sets its own mode.
     """
-    if not all(module.training for module in model.modules()):  # an adapter may wrap a model that is not
+    if not _trains(model):
         model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
     before = [p.dtype for p in trained]
     if config.precision == "half":
         _cast(trained, [_half_type(model)] * len(trained))
@@ -39,6 +39,11 @@ def prepared(model: torch.nn.Module, config: Config) -> Iterator[None]:
         if config.checkpointing:
             _checkpoint(model, False)
         _cast(trained, before)
+
+
+def _trains(module: torch.nn.Module) -> bool:
+    """Whether all of it is in training mode: an adapter may wrap a model that is not. torch's own walk takes thrice as long."""
+    return module.training and all(_trains(child) for child in module._modules.values() if child is not None)
 
 
 def _checkpoint(model: Any, wanted: bool) -> None:

@@ -26,6 +26,8 @@ def write_model(folder: Path, layers: int) -> Path:
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+    from fedmpi.models import without_optional
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -45,7 +47,8 @@ def write_model(folder: Path, layers: int) -> Path:
         bos_token_id=1,
         eos_token_id=2,
     )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    with without_optional():
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
