@@ -18,6 +18,8 @@ from fedmpi.errors import ConfigError
 
 T = TypeVar("T")
 RECIPES = Path(__file__).parent / "recipes"
+KINDS = {"int": "a whole number", "float": "a finite number", "bool": "true or false", "tuple": "a list", "NoneType": "null"}
+_MISMATCH = re.compile(r'Parser key "(.+?)": (.+?)(?: Given value type: \S+ \S+)? (?:Given|Got) value: (.*)')
 
 
 def parse(kind: type[T], arguments: Sequence[str], program: str, about: str, extra: Mapping[str, type] = {}) -> Any:
@@ -32,7 +34,9 @@ def parse(kind: type[T], arguments: Sequence[str], program: str, about: str, ext
     try:
         return _printable(parser.instantiate(parser.parse_args([_packaged(argument) for argument in arguments])))
     except (ArgumentError, TypeError, ValueError, AttributeError) as error:  # the last three: recipes that are no mappings
-        raise ConfigError(_one_line(str(error)) + _guess(str(error), list(parser._option_string_actions))) from None
+        raise ConfigError(
+            _MISMATCH.sub(_plainly, _one_line(str(error))) + _guess(str(error), list(parser._option_string_actions))
+        ) from None
 
 
 def _printable(settings: Any) -> Any:
@@ -79,6 +83,14 @@ def _guess(message: str, options: Sequence[str]) -> str:
 
 def _one_line(message: str) -> str:
     return " ".join(message.replace("tip: ", "").split())
+
+
+def _plainly(mismatch: re.Match[str]) -> str:
+    """A value that does not fit its option, in the words of a recipe: jsonargparse lists Python's types."""
+    key, expected, given = mismatch.groups()
+    types = re.findall(r"<class '(\w+)'>|Literal\[(.+?)\]", expected.partition("Errors:")[0])
+    allowed = [KINDS.get(kind, kind) if kind else f"one of {names}".replace("'", "") for kind, names in types]
+    return f"{key} is {given}: it must be {' or '.join(allowed)}" if allowed else mismatch[0]
 
 
 def as_dict(settings: Any) -> dict[str, Any]:

@@ -73,6 +73,22 @@ def test_a_recipe_of_the_wrong_form_is_one_clear_line(tmp_path: Path, text: str)
         recipe.read([f"--config={tmp_path / 'wrong.yaml'}"], "test", "")
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--close_share=nan", "close_share is nan: it must be a finite number or null"),
+        ("--timeout_s=inf", "timeout_s is inf: it must be a finite number"),
+        ("--clients=1.5", "clients is 1.5: it must be a whole number or null"),
+        ("--peft.encoder=x", "peft.encoder is x: it must be one of mlp, lstm or null"),
+        ("--data.packing=3", "data.packing is 3: it must be true or false"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_told_in_plain_words(option: str, words: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        recipe.read([option], "test", "")
+    assert str(told.value) == words
+
+
 def test_groups_are_written_as_people_write_them() -> None:
     for text in ("4,2,1", "[4,2,1]"):
         assert recipe.read([f"--groups={text}", "--train.engine=ddp"], "test", "")[0].groups == (4, 2, 1)
