@@ -1,5 +1,6 @@
-"""Fixtures of the launch tests: one Slurm cluster, and one undisturbed run in one process, for the whole session."""
+"""Fixtures of the launch tests: one Slurm cluster, and the undisturbed runs in one process, for the whole session."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing_programs, running_cluster
-from program import PROGRAM, adapter_of, run
+from program import FEDBIOT, HERE, PROGRAM, adapter_of, run
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +26,24 @@ def slurm() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The adapter of `python -m fedmpi.run` in one process: what every launcher and every placement has to reach."""
+def expected_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `python -m fedmpi.run` leaves in one process."""
     folder: Path = tmp_path_factory.mktemp("one-process")
     run([sys.executable, *PROGRAM, "--run_dir", "run"], folder)
-    return adapter_of(folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def expected(expected_run: Path) -> str:
+    """The adapter of that run: what every launcher and every placement has to reach."""
+    return adapter_of(expected_run)
+
+
+@pytest.fixture(scope="session")
+def fedbiot_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with FedBiOT's run in one process, and what a hook saw in there (client-alone.json)."""
+    folder: Path = tmp_path_factory.mktemp("fedbiot")
+    paths = os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, *PROGRAM, *FEDBIOT, "--train.hooks=[probe.Probe]", "--run_dir", "run"]
+    run(command, folder, PROBE=str(folder), PYTHONPATH=paths)
+    return folder

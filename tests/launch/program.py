@@ -17,6 +17,11 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = Path(__file__).with_name("tiny.yaml")
 PROGRAM = ("-m", "fedmpi.run", "--config", str(RECIPE))
+HERE = str(Path(__file__).parent)
+FEDBIOT = (
+    *("--algorithm=fedbiot", "--clients=3", "--clients_per_round=3", "--data.num_rows=60", "--rounds=2", "--eval.task=none"),
+    *("--offsite.drop_rate=0.5", "--offsite.prealign_steps=2", "--offsite.align_steps=1"),
+)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 LAUNCH_S = 280  # ten times what an idle machine of two cores needs
 LAUNCHERS = ("SLURM_", "SBATCH_", "PMI", "OMPI_", "MPI_", "TORCHELASTIC_", "HYD")

@@ -1,4 +1,4 @@
-"""Clients of two ranks each, as the launchers start them: a member that breaks costs its client a round, and nobody else."""
+"""A client of two ranks beside one of one rank, under each launcher: a member that breaks costs its client a round, nobody else."""
 
 import json
 import os
@@ -55,17 +55,17 @@ def planned(asked: Sequence[str]) -> Plan:
 
 
 def start(launcher: str, slurm: Callable[[], Cluster], folder: Path, *settings: str) -> str:
-    """Run the program on five ranks, two for each of two clients; gives what was printed."""
+    """Run the program on four ranks, two for one client and one for another; gives what was printed."""
     (folder / "breaking.py").write_text(HOOK)
     wanted = [*SETTINGS, *settings]
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     if launcher == "torchrun":
-        command = [*TORCHRUN, "--standalone", "--nproc_per_node", "5", "-m", "fedmpi.run", *wanted]
+        command = [*TORCHRUN, "--standalone", "--nproc_per_node", "4", "-m", "fedmpi.run", *wanted]
         return run(command, folder, PYTHONPATH=path)
     if launcher == "srun":
-        command = ["srun", "--ntasks=5", "--overcommit", "--time=9", f"--chdir={folder}", sys.executable, "-m", "fedmpi.run"]
+        command = ["srun", "--ntasks=4", "--overcommit", "--time=9", f"--chdir={folder}", sys.executable, "-m", "fedmpi.run"]
         return slurm().run(*command, *wanted, timeout_s=LAUNCH_S, **of_the_program() | {"PYTHONPATH": path})
-    command = ["bash", str(REPOSITORY / "launch/mpirun.sh"), "5", *wanted]
+    command = ["bash", str(REPOSITORY / "launch/mpirun.sh"), "4", *wanted]
     return run(command, folder, PYTHONPATH=path, **environment_of(OPEN_MPI if launcher == "openmpi" else MPICH))
 
 
@@ -90,7 +90,7 @@ def test_a_member_that_raises_costs_its_client_one_round(
 ) -> None:
     if engine == "zero":
         pytest.importorskip("deepspeed", reason="no deepspeed here: pip install 'fedmpi[deepspeed]'")
-    asked = ("--ranks_per_client=2", "--train.hooks=breaking.Breaks", *ENGINES[engine])
+    asked = ("--groups=2,1", "--train.hooks=breaking.Breaks", *ENGINES[engine])
     output = start(launcher, lambda: request.getfixturevalue("slurm"), tmp_path, *asked)
     first, second, third = rounds(tmp_path)
     assert first["counted"] == third["counted"] == [0, 1]

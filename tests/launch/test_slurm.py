@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from program import LAUNCH_S, PROGRAM, RECIPE, REPOSITORY, adapter_of, clean_environment, rounds_of, run, state_of
+from program import FEDBIOT, LAUNCH_S, PROGRAM, RECIPE, REPOSITORY, adapter_of, clean_environment, rounds_of, state_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 PYTHON = sys.executable
@@ -20,7 +20,7 @@ def of_the_program() -> dict[str, str]:
 
 
 def srun(slurm: Cluster, run_dir: Path, *options: str) -> str:
-    where = ("--nodes=2", "--ntasks-per-node=2", "--time=9", *options)
+    where = ("--nodes=2", "--time=9", *options)
     command = ("srun", *where, PYTHON, *PROGRAM, "--run_dir", str(run_dir))
     return slurm.run(*command, timeout_s=LAUNCH_S, **of_the_program())
 
@@ -33,7 +33,7 @@ def test_the_cluster_runs_a_step_on_two_nodes(slurm: Cluster) -> None:
 def test_srun_gives_the_same_bytes(slurm: Cluster, tmp_path: Path, expected: str) -> None:
     if not slurm.separate_hosts:
         pytest.skip("nodes without host names of their own: needs root and network namespaces")
-    output = srun(slurm, tmp_path / "run")
+    output = srun(slurm, tmp_path / "run", "--ntasks-per-node=2")
     assert re.search(r"4 ranks from srun, transport torch, store node\d:", output)  # on the first node that was free
     assert adapter_of(tmp_path / "run") == expected
 
@@ -45,8 +45,8 @@ def test_srun_with_pmix_gives_the_same_bytes_over_mpi(slurm: Cluster, tmp_path: 
         pytest.skip("this Slurm has no pmix plugin (Debian: slurm-client)")
     if "can not load PMIx library" in slurm.run("bash", "-c", "srun --mpi=pmix --time=1 true 2>&1 || true"):
         pytest.skip("Slurm's pmix plugin finds no libpmix.so (Debian: libpmix-dev)")
-    output = srun(slurm, tmp_path / "run", "--mpi=pmix")
-    assert "4 ranks from srun with PMIx, transport mpi" in output
+    output = srun(slurm, tmp_path / "run", "--ntasks-per-node=1", "--mpi=pmix")
+    assert "2 ranks from srun with PMIx, transport mpi" in output
     assert adapter_of(tmp_path / "run") == expected
 
 
@@ -79,17 +79,13 @@ def test_a_signalled_job_commits_is_requeued_and_ends_in_the_same_bytes(
     assert adapter_of(run_dir) == expected
 
 
-def test_fedbiot_as_a_job_gives_the_bytes_of_one_process(slurm: Cluster, tmp_path: Path) -> None:
+def test_fedbiot_as_a_job_gives_the_bytes_of_one_process(slurm: Cluster, tmp_path: Path, fedbiot_alone: Path) -> None:
     if not slurm.separate_hosts:
         pytest.skip("nodes without host names of their own: needs root and network namespaces")
-    small = ["--rounds=2", "--clients=3", "--clients_per_round=3", "--data.num_rows=60", "--eval.task=none"]
-    small += ["--offsite.drop_rate=0.5", "--offsite.prealign_steps=2", "--offsite.align_steps=1"]
-    wanted = ["--config", str(RECIPE), *small]
-    run([PYTHON, "-m", "fedmpi.run", "--algorithm=fedbiot", *wanted, "--run_dir", str(tmp_path / "one")], tmp_path / "here")
     log, run_dir = tmp_path / "log.txt", tmp_path / "run"
-    options = (f"--output={log}", "--time=9", "--ntasks-per-node=2", f"--chdir={tmp_path}")
-    job = str(REPOSITORY / "slurm/fedbiot.sh")
-    number = slurm.submit(*options, job, *wanted, "--run_dir", str(run_dir), **of_the_program())
+    options = (f"--output={log}", "--time=9", "--ntasks-per-node=1", f"--chdir={tmp_path}")
+    wanted = ("--config", str(RECIPE), *FEDBIOT, "--run_dir", str(run_dir))
+    number = slurm.submit(*options, str(REPOSITORY / "slurm/fedbiot.sh"), *wanted, **of_the_program())
     ended = slurm.wait(number, timeout_s=LAUNCH_S)
     assert ended["JobState"] == "COMPLETED", log.read_text()[-6000:]
-    assert adapter_of(run_dir) == adapter_of(tmp_path / "one")
+    assert adapter_of(run_dir) == adapter_of(fedbiot_alone / "run")

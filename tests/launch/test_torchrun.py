@@ -1,8 +1,10 @@
 """torchrun: one and several agents, signals, kills, and the same bytes from all of them."""
 
+import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,20 +28,33 @@ from program import (
 pytestmark = pytest.mark.timeout(600)
 
 
-def standalone(ranks: int) -> list[str]:
-    return [*TORCHRUN, "--standalone", "--nproc_per_node", str(ranks), *PROGRAM, "--run_dir", "run"]
+GUARDED = (str(Path(__file__).with_name("guarded.py")), *PROGRAM[2:])
 
 
-@pytest.mark.parametrize(("ranks", "exchange"), [(2, "sums"), (7, "collective")])  # 4 and the star are what the quickstart starts
-def test_every_number_of_ranks_and_way_gives_the_same_bytes(ranks: int, exchange: str, tmp_path: Path, expected: str) -> None:
-    output = run([*standalone(ranks), "--exchange", exchange, "--aggregation.record_error=false"], tmp_path)
-    assert f"{ranks} ranks from torchrun, transport torch" in output
+def standalone(ranks: int, program: Sequence[str] = PROGRAM) -> list[str]:
+    return [*TORCHRUN, "--standalone", "--nproc_per_node", str(ranks), *program, "--run_dir", "run"]
+
+
+def by(exchange: str) -> list[str]:
+    return ["--exchange", exchange, "--aggregation.record_error=false"]
+
+
+def test_seven_ranks_give_the_same_bytes(tmp_path: Path, expected: str) -> None:  # four and the star are what the quickstart starts
+    output = run([*standalone(7), *by("collective")], tmp_path)
+    assert "7 ranks from torchrun, transport torch" in output
+    assert adapter_of(tmp_path / "run") == expected
+
+
+def test_two_ranks_give_the_same_bytes_and_neither_unpickles_anything(tmp_path: Path, expected: str) -> None:
+    """No process does, whatever library it calls, from the first import on."""
+    output = run(standalone(2, GUARDED), tmp_path)
+    assert "2 ranks from torchrun, transport torch" in output
     assert adapter_of(tmp_path / "run") == expected
 
 
 def test_two_agents_meet_over_c10d(tmp_path: Path, expected: str) -> None:
     meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
-    command = [*TORCHRUN, *meeting, "--rdzv-id", "two", "--nproc_per_node", "2", *PROGRAM, "--run_dir", "run"]
+    command = [*TORCHRUN, *meeting, "--rdzv-id", "two", "--nproc_per_node", "1", *PROGRAM, "--run_dir", "run", *by("sums")]
     with ExitStack() as stack:
         agents = [stack.enter_context(started(command, tmp_path)) for _ in range(2)]
         codes = [agent.wait(LAUNCH_S) for agent in agents]
@@ -47,36 +62,23 @@ def test_two_agents_meet_over_c10d(tmp_path: Path, expected: str) -> None:
     assert adapter_of(tmp_path / "run") == expected
 
 
-def test_usr1_to_the_agent_commits_and_another_placement_goes_on(tmp_path: Path, expected: str) -> None:
+def test_signalled_then_killed_and_each_time_another_placement_goes_on(tmp_path: Path, expected: str) -> None:
+    """USR1 to the agent of three ranks commits; two ranks go on, and are killed without warning; one process ends the run."""
+    run_dir = tmp_path / "run"
     command = ["bash", str(REPOSITORY / "launch/torchrun.sh"), "3", "--config", str(RECIPE), "--run_dir", "run"]
     with started(command, tmp_path, VENV=sys.prefix) as agent:
-        wait_for(lambda: rounds_of(tmp_path / "run"), agent, "a committed round")
+        wait_for(lambda: rounds_of(run_dir), agent, "a committed round")
         agent.send_signal(signal.SIGUSR1)
         agent.wait(LAUNCH_S)
-    assert state_of(tmp_path / "run") == "preempted", (tmp_path / "output.txt").read_text()[-6000:]
-    assert not (tmp_path / "run" / "summary.json").exists()
-    run([sys.executable, *PROGRAM, "--run_dir", "run"], tmp_path)
-    assert adapter_of(tmp_path / "run") == expected
-
-
-def test_killed_without_warning_and_resumed_on_fewer_ranks(tmp_path: Path, expected: str) -> None:
-    with started(standalone(3), tmp_path) as agent:
-        wait_for(lambda: rounds_of(tmp_path / "run"), agent, "a committed round")
+    assert state_of(run_dir) == "preempted", (tmp_path / "output.txt").read_text()[-6000:]
+    assert not (run_dir / "summary.json").exists()
+    there = rounds_of(run_dir)
+    with started(standalone(2), tmp_path) as agent:
+        wait_for(lambda: rounds_of(run_dir) > there, agent, "another committed round")
         kill_all(agent)
-    assert state_of(tmp_path / "run") == "running"
-    run(standalone(2), tmp_path)
-    assert adapter_of(tmp_path / "run") == expected
-
-
-def test_one_process_stopped_by_a_signal_says_so_in_its_exit_code(tmp_path: Path, expected: str) -> None:
-    command = [sys.executable, *PROGRAM, "--run_dir", "run"]
-    with started(command, tmp_path) as process:
-        wait_for(lambda: rounds_of(tmp_path / "run"), process, "a committed round")
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(LAUNCH_S) == 75
-    assert state_of(tmp_path / "run") == "preempted"
-    run(standalone(2), tmp_path)
-    assert adapter_of(tmp_path / "run") == expected
+    assert state_of(run_dir) == "running"
+    run([sys.executable, *PROGRAM, "--run_dir", "run"], tmp_path)
+    assert adapter_of(run_dir) == expected
 
 
 def test_a_rank_that_never_arrives_is_named(tmp_path: Path) -> None:
@@ -87,12 +89,19 @@ def test_a_rank_that_never_arrives_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_a_reader_that_goes_away_is_one_line_and_no_traceback(tmp_path: Path, expected: str) -> None:
-    command = f"set -o pipefail; {sys.executable} {' '.join(PROGRAM)} --run_dir run | head -1"
-    output = run(["bash", "-c", command], tmp_path, code=1)
+def test_one_process_without_a_reader_and_one_that_is_told_to_stop(tmp_path: Path, expected: str) -> None:
+    """A closed pipe is one line and no traceback, a signal is an exit code; what is left, two ranks take up."""
+    alone = [sys.executable, *PROGRAM, "--run_dir", "run"]
+    output = run(["bash", "-c", f"set -o pipefail; {shlex.join(alone)} | head -1"], tmp_path, code=1)
     assert "Traceback" not in output and "what this prints to was closed" in output and "Exception ignored" not in output
     assert state_of(tmp_path / "run") == "failed"
-    run([sys.executable, *PROGRAM, "--run_dir", "run"], tmp_path)
+    there = rounds_of(tmp_path / "run")
+    with started(alone, tmp_path) as process:
+        wait_for(lambda: rounds_of(tmp_path / "run") > there, process, "a committed round")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LAUNCH_S) == 75
+    assert state_of(tmp_path / "run") == "preempted"
+    run(standalone(2), tmp_path)
     assert adapter_of(tmp_path / "run") == expected
 
 
