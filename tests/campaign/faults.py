@@ -75,7 +75,8 @@ def reset_connections() -> None:
     for name in os.listdir("/proc/self/fd"):
         try:
             with socket.socket(fileno=os.dup(int(name))) as one:
-                if one.type == socket.SOCK_STREAM and one.family in (socket.AF_INET, socket.AF_INET6):
+                listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                if one.type == socket.SOCK_STREAM and one.family in (socket.AF_INET, socket.AF_INET6) and not listens:
                     one.shutdown(socket.SHUT_RDWR)
         except OSError:  # not a socket, or not connected
             continue

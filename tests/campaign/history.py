@@ -61,7 +61,7 @@ def faults_of(history: History, final: str, expected: str | None) -> list[str]:
         *_kept(history),
         *_count_once(history, rounds),
         *_acknowledged(history, rounds),
-        *_agree(history),
+        *_agree(history, rounds),
         *_end(rounds, final, expected),
     ]
 
@@ -158,17 +158,22 @@ def _acknowledged(history: History, rounds: Sequence[Event]) -> Iterator[str]:
                 yield f"rank {event['rank']} was told that {told} count in round {settled}, the metrics say {found}"
 
 
-def _agree(history: History) -> Iterator[str]:
+def _agree(history: History, rounds: Sequence[Event]) -> Iterator[str]:
     """The broadcast of a round is the same everywhere, at every start of the job that comes to it with the same past."""
     held = defaultdict(set)
-    attempt = 0
-    for process in history.processes:
-        for event in process:
+    for events in _by_rank(history):
+        past: tuple[tuple[int, ...], ...] | None = None  # who counted in each round before
+        attempt = 0
+        for event in events:
             if event["event"] == "round":
                 attempt = event["attempt"]
+                if past is None:
+                    past = tuple(tuple(sorted(line["counted"])) for line in rounds if line["round"] < event["round"])
+                elif event["verdict"] == COUNTED:
+                    past = (*past, tuple(sorted(event["counted"])))
             if event["event"] == "holds":
-                held[event["round"], attempt].add(event["sha"])
-    for (round_index, attempt), shas in sorted(held.items()):
+                held[event["round"], attempt, past].add(event["sha"])
+    for (round_index, attempt, _), shas in sorted(held.items()):
         if len(shas) > 1:
             yield f"round {round_index}, attempt {attempt}: {len(shas)} different adapters were held"
 

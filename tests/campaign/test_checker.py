@@ -84,7 +84,8 @@ def ranks_disagree(story: Story) -> None:
 
 
 def restart_with_another_past(story: Story) -> None:
-    story["processes"][1].insert(0, {"event": "holds", "rank": 0, "round": 1, "sha": "C", "t": 99.0})
+    again = {"event": "round", "rank": 0, "round": 1, "attempt": 0, "durable": 0, "verdict": 0, "counted": [], "t": 99.0}
+    story["processes"].append([again, {"event": "holds", "rank": 0, "round": 1, "sha": "C", "t": 99.0}])
 
 
 def round_again(story: Story) -> None:
@@ -133,6 +134,14 @@ def test_a_checkpoint_that_was_destroyed_may_be_made_again() -> None:
     for event in story["processes"][1]:
         event["t"] = event["t"] + 100
     assert check(story) == []
+
+
+def test_a_round_that_was_not_durable_may_count_others_when_it_is_done_again() -> None:
+    story = sound()
+    find(story, 0, "round", 1)["counted"] = [0]
+    find(story, 0, "holds", 1)["sha"] = "B"
+    story["processes"][0] = [event for event in story["processes"][0] if event["rank"] == 0 or event["round"] < 1]
+    assert not any("different adapters" in fault for fault in check(story))
 
 
 def test_what_was_lost_is_what_the_repeated_run_has_to_lose() -> None:

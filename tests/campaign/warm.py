@@ -7,6 +7,7 @@ it. Signals are passed on to the rank, whose end is the end of the program, by t
 killed, so is its rank. What the launcher's library says to the launcher, the rank says itself.
 """
 
+import atexit
 import ctypes
 import json
 import os
@@ -93,7 +94,9 @@ def _be(said: dict[str, Any], files: list[int], work: Callable[[Path], int]) -> 
         os.chdir(said["here"])
         os.environ.clear()
         os.environ.update(said["environ"])
+        atexit._clear()  # what the server would do at its end
         code = work(Path(said["folder"]))
+        atexit._run_exitfuncs()
         if (mpi := sys.modules.get("mpi4py.MPI")) is not None and mpi.Is_initialized() and not mpi.Is_finalized():
             mpi.Finalize()  # as mpi4py does when a program ends
         sys.stdout.flush()

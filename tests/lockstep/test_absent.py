@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from fedmpi.errors import Aborted, LinkError, PeerLost
 from fedmpi.federation import turns
+from fedmpi.federation.roll import Roll
 from fedmpi.training import Hook
 from tests.lockstep.ranks import HERE, recipe, run, stepping_back
 
@@ -59,23 +61,30 @@ class Falls(Hook):
 
 
 class Returns(Hook):
-    """Rank 2 loses its link in its second round, and asks for another while rank 1 trains in the last one."""
+    """Rank 2 loses its link in its second round. It asks for another in the last one, and greets when the last header is out."""
 
     turns: ClassVar[Counter[int]] = Counter()
     last: ClassVar[threading.Event] = threading.Event()
+    announced: ClassVar[threading.Event] = threading.Event()
 
     def before_fit(self, model: Any) -> None:
         transport = HERE.transport
         self.turns[transport.rank] += 1
         if (transport.rank, self.turns[transport.rank]) == (2, 2):
             connect = transport._reconnect
-            transport._reconnect = lambda peer: connect(peer) if Returns.last.wait(60) else None
+            transport._reconnect = lambda peer: self.late(connect, peer)
             transport._links[0].close()
         elif (transport.rank, self.turns[transport.rank]) == (1, 4):
             Returns.last.set()
             with stepping_back():
                 while not transport._asks(2):
                     time.sleep(0.01)
+
+    def late(self, connect: Callable[[int], Any], peer: int) -> Any:
+        assert Returns.last.wait(60)
+        wire = connect(peer)
+        assert Returns.announced.wait(60)
+        return wire
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +94,7 @@ def anew() -> None:
     Falls.turns.clear()
     Falls.error = None
     Returns.turns.clear()
-    Returns.last = threading.Event()
+    Returns.last, Returns.announced = threading.Event(), threading.Event()
 
 
 HANGS, FALLS, RETURNS = (f"--train.hooks=[{__name__}.{name}]" for name in ("Hangs", "Falls", "Returns"))
@@ -142,8 +151,20 @@ def test_the_run_goes_on_without_a_rank_that_is_gone(settings: list[str], tmp_pa
     assert error is None or str(error) in lost["message"]
 
 
-def test_who_comes_back_in_the_last_round_holds_up_nobody(settings: list[str], tmp_path: Path) -> None:
-    """It would wait for a header, and the server for its farewell."""
+def test_who_comes_back_in_the_last_round_holds_up_nobody(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let in behind the last header, it would wait for another one, and the server for its farewell."""
+    close = Roll.close
+
+    def closes(roll: Roll) -> None:
+        Returns.announced.set()
+        with roll.post.apart():
+            while not roll.post.transport.holds({2}):
+                time.sleep(0.01)
+        close(roll)
+
+    monkeypatch.setattr(Roll, "close", closes)
     results = run(recipe(*settings, *STEADY, RETURNS, "--on_rank_lost=continue", "--timeout_s=20"), tmp_path, 4)
     assert [results[rank] for rank in (0, 1, 3)] == [0] * 3 and isinstance(results[2], LinkError)
     assert [line["counted"] for line in rounds_of(tmp_path)] == [[0, 1, 2]] + [[0, 2]] * 3
