@@ -54,8 +54,8 @@ def serve(address: Path, work: Callable[[Path], int]) -> int:
 def _begin(asked: socket.socket, watched: selectors.BaseSelector, work: Callable[[Path], int]) -> None:
     line, _ = asked.accept()
     request, files, _, _ = socket.recv_fds(line, 1 << 20, 3)
-    while not request.endswith(b"\n"):
-        request += line.recv(1 << 20)
+    while not request.endswith(b"\n") and (more := line.recv(1 << 20)):
+        request += more
     if (rank := os.fork()) == 0:
         asked.close()
         line.close()
@@ -73,8 +73,9 @@ def _begin(asked: socket.socket, watched: selectors.BaseSelector, work: Callable
         os.close(ended)
 
     def pass_on() -> None:
-        for number in line.recv(16) or [signal.SIGKILL]:
-            os.kill(rank, number)
+        with suppress(OSError):  # it may have ended just now
+            for number in line.recv(16) or [signal.SIGKILL]:
+                os.kill(rank, number)
 
     watched.register(ended, selectors.EVENT_READ, end)
     watched.register(line, selectors.EVENT_READ, pass_on)
