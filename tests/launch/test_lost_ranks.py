@@ -147,7 +147,8 @@ def test_mpirun_with_ulfm_goes_on_by_itself_and_ends_all_ranks_without(options: 
         wait_for(lambda: rounds_of(tmp_path / "run"), job, "a committed round")
         worker(job, 2, "OMPI_COMM_WORLD_RANK").kill()
         if not options:
-            assert job.wait(LAUNCH_S) and state_of(tmp_path / "run") == "running"
+            # failed where the server saw it before mpirun ended it too
+            assert job.wait(LAUNCH_S) and state_of(tmp_path / "run") in ("running", "failed")
             return
         wait_for(lambda: "rank 2 is lost" in output.read_text(), job, "rank 2 to be missed")
         there = rounds_of(tmp_path / "run")
