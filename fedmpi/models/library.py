@@ -28,6 +28,8 @@ def without_optional() -> Iterator[None]:
         import_utils.is_bnb_4bit_available.cache_clear()
 
 
+import accelerate.utils  # noqa: E402, F401  # it notes once what there is, for transformers' Trainer too: before anything is hidden
+
 with without_optional():
     import peft as peft
     from peft import PeftModel as PeftModel

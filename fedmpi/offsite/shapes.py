@@ -28,7 +28,7 @@ def outline(config: Config, shapes: Any, peft: PeftConfig, emulator_travels: boo
     down, layers = trained(client), decoder_layers(client)
     within = NOTHING
     if emulator_travels and config.align_steps:
-        with only(client, [name for name in down if layout.part(layout.original(name)) == "emulator"]):
+        with only(down, [name for name in down if layout.part(layout.original(name)) == "emulator"]):
             within = costs.step_of(client, 1, TOKENS).work
     for place in set(range(len(layers))) - set(own):
         layers[place].requires_grad_(False)

@@ -43,7 +43,7 @@ def test_the_plan_of_a_run_is_its_ledger(name: str, model_folder: Path, tmp_path
         assert down[1] == plan.up_bytes < plan.down_bytes == up[0] + up[1]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     for line in (line for line in lines if "event" not in line):
-        with only(shapes, aggregation.trained(trained(shapes), wanted.aggregation.rule, line["round"])):
+        with only(trained(shapes), aggregation.trained(trained(shapes), wanted.aggregation.rule, line["round"])):
             flops = costs.step_of(shapes, 1, 8).work.of(lengths)
         assert line["up_bytes"] == 3 * up[line["round"]]
         assert line["down_bytes"] == 2 * down[line["round"]]  # a copy for each rank that hosts clients
