@@ -117,4 +117,5 @@ def _positions(lengths: Sequence[int]) -> list[int]:
 
 
 def _pad(rows: Sequence[list[int]], longest: int, filler: int) -> torch.Tensor:
-    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], dtype=torch.int64)
+    padded = [row + [filler] * (longest - len(row)) for row in rows]
+    return torch.from_numpy(numpy.array(padded, dtype=numpy.int64))  # torch reads lists half as fast
