@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from fedmpi.round import End
     from fedmpi.sessions.session import Session
     from fedmpi.stop import Stop
-    from fedmpi.tensors import Tensors
     from fedmpi.transports.base import Transport
 
 _AGAIN = "run the same command again to go on"
@@ -267,7 +266,7 @@ class Program:
 
     def _solos(self, name: str, host: "Host", path: Path) -> "tuple[End, Any]":
         """Federations of one, side by side on the ranks: every client alone, or one client that has all the data."""
-        from fedmpi.sessions.solo import Solo, run_solos
+        from fedmpi.sessions.solo import Solo, completed, run_solos
 
         wanted = replace(self.recipe.unscored(), clients_per_round=None, sampling="all", min_clients=1)
         none = {"codec_up": None, "codec_down": None, "codec_chosen": None, "codec_budget": Recipe.codec_budget}
@@ -278,7 +277,7 @@ class Program:
             numbers = range(len(host.parties.clients))
             jobs = {c: self._session(wanted, host.alone(c), path / "clients" / str(c), f"client {c}", None) for c in numbers}
         solos = {c: Solo(c, job) for c, job in jobs.items()}
-        complete = partial(_completed, host, jobs) if host.split else None
+        complete = partial(completed, host, jobs) if host.split else None
         return run_solos(name, solos, self._identity()[0], self.recipe.seed, self.stop, self.post, complete)
 
     def _tell(self, path: Path, state: str) -> None:
@@ -289,20 +288,6 @@ class Program:
             said = {"state": state, "signal": self.stop.signal, "time_is_up": self.stop.time_is_up}
             with suppress(CheckpointError) if state == "failed" else nullcontext():  # a full disk is told of already
                 write_atomically(path / "state.json", json.dumps(said) + "\n")
-
-
-def _completed(host: "Host", jobs: "Mapping[int, Session]", client: int, adapter: "Tensors") -> dict[str, Any]:
-    """What a party that trained alone with an emulator cannot tell: how its adapter does on the original model."""
-    assert host.original is not None
-    full, path = host.original.base, jobs[client].path
-    found = {**host.score(adapter, full), **host.answer(adapter, full)} if host.parties.heldout else {}
-    full.save(adapter, path / "adapter")
-    if (path / "summary.json").exists():
-        from fedmpi.record.checkpoint import write_atomically
-
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        write_atomically(path / "summary.json", json.dumps({**summary, "final": {**summary["final"], **found}}, indent=2) + "\n")
-    return found
 
 
 if __name__ == "__main__":

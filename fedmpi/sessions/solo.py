@@ -4,6 +4,7 @@ They are handed out by the same rounds and gather as everything else: one outer 
 of its own.
 """
 
+import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from fedmpi.errors import QuorumLost
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import Federation
 from fedmpi.federation.updates import Update
+from fedmpi.record.checkpoint import write_atomically
 from fedmpi.round import SERVER, End, Round, place
 from fedmpi.sessions.session import LEAST_LIMIT_BYTES
 
 if TYPE_CHECKING:
     from fedmpi.federation.post import Post
+    from fedmpi.hosting.host import Host
     from fedmpi.sessions.session import Session
     from fedmpi.stop import Stop
     from fedmpi.tensors import Tensors
@@ -89,3 +92,15 @@ def _run(job: Solo) -> Update:
     end, summary = job.session.train()
     adapter = job.session.adapter() if summary and job.session.host.split else {}
     return Update(job.id, adapter, {"end": int(end), "final": summary["final"] if summary else {}})
+
+
+def completed(host: "Host", jobs: "Mapping[int, Session]", client: int, adapter: "Tensors") -> dict[str, Any]:
+    """What a party that trained alone with an emulator cannot tell: how its adapter does on the original model."""
+    assert host.original is not None
+    full, path = host.original.base, jobs[client].path
+    found = {**host.score(adapter, full), **host.answer(adapter, full)} if host.parties.heldout else {}
+    full.save(adapter, path / "adapter")
+    if (path / "summary.json").exists():
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        write_atomically(path / "summary.json", json.dumps({**summary, "final": {**summary["final"], **found}}, indent=2) + "\n")
+    return found
