@@ -12,7 +12,7 @@ from dataclasses import dataclass
 SERVER = ("announce", "broadcast", "gather", "aggregate", "evaluate", "commit", "committed")  # phases of a round, on the server
 CLIENT = ("announced", "train", "upload")  # and on a client
 DEADLINE_S = 4.0  # of the runs, unless they are told another
-PAUSE, LONG_PAUSE = 0.15, 1.6  # deadlines: before the others give up, and after
+PAUSE, LONG_PAUSE, HANG = 0.15, 1.6, 3.0  # deadlines: before the others give up, after, and beyond a slow step
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ PHASES: Mapping[str, tuple[str, ...]] = {
     "again": ("upload",),  # the update is delivered twice
     "flip": ("broadcast", "upload"),  # one bit of the next large piece on a link
     "exception": ("train", "upload"),
+    "hang": ("train",),  # no step follows; of a thread, which nothing can interrupt, none for longer than the deadline
     "memory": ("train",),  # as when an allocation fails
     "nan": ("train", "upload"),  # in the weights while training; in the update behind all of the client's own checks
     "full": ("commit",),  # no file may grow beyond 64 bytes (RLIMIT_FSIZE): the kernel refuses the write, as on a full disk
@@ -51,6 +52,7 @@ PHASES: Mapping[str, tuple[str, ...]] = {
 WHY_NOT = {
     "exception": "only a client's work is caught; elsewhere an exception ends the job, as a kill does",
     "memory": "allocations are large in training alone",
+    "hang": "what a client's turn does is watched, and what takes long in it is training; a peer without a word is `freeze`",
     "nan": "only training makes numbers",
     "again": "only updates are delivered",
     "flip": "large pieces travel in these phases alone",
@@ -111,6 +113,7 @@ DONE_AT_ONCE: Mapping[str, Callable[[], None]] = {
     "reset": reset_connections,
     "clock": jump_clock,
     "exception": fail,
+    "hang": lambda: time.sleep(1e6),
     "memory": out_of_memory,
     "full": fill_disk,
 }

@@ -9,7 +9,7 @@ from tests.campaign.faults import CLIENT, PHASES, Fault
 
 NUM_ROUNDS, NUM_RANKS = 8, 3
 MOST_PER_RUN = 8
-LOSSY = ("exception", "memory", "nan")  # a client's part of a round is lost
+LOSSY = ("exception", "hang", "memory", "nan")  # a client's part of a round is lost
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,10 @@ class Probe:
             kill_self()
         elif fault.kind in ("pause", "freeze"):
             seconds = (kinds.PAUSE if fault.kind == "pause" else kinds.LONG_PAUSE) * self.deadline_s
-            self.fall_silent(seconds) if self.threads else kinds.stop_self(seconds)
+            self.silent_until[rank] = time.monotonic() + seconds
+            self.rest(seconds) if self.threads else kinds.stop_self(seconds)
+        elif self.threads and fault.kind == "hang":
+            self.rest(kinds.HANG * self.deadline_s)
         elif self.threads and fault.kind == "reset":
             for owner, wire in self.wires:
                 if owner == rank:
@@ -80,9 +83,8 @@ class Probe:
         else:
             DONE_AT_ONCE[fault.kind]()
 
-    def fall_silent(self, seconds: float) -> None:
-        """A thread stops: nothing leaves its links, and the others go on computing."""
-        self.silent_until[self.here.rank] = time.monotonic() + seconds
+    def rest(self, seconds: float) -> None:
+        """A thread stops, and the others go on computing."""
         held = self.here.turn._release_save()
         time.sleep(seconds)
         self.here.turn._acquire_restore(held)
