@@ -4,8 +4,7 @@
 
 It prints one JSON line. `share_in_generate` is the time inside the model's generation (its own bookkeeping and our look for stop
 strings included) of all time from the first question to the written result; `share_in_forward` counts forward passes alone.
-Answers of one row at a time and of a batch alternate; they must be equal.
-
+Answers of one row at a time and of a batch alternate; they must be equal. Answers are as long as the task's own: up to 256 tokens.
 """
 
 import argparse
@@ -95,7 +94,7 @@ def main() -> None:
     parser.add_argument("--model", default="builtin:tiny")
     parser.add_argument("--data")
     parser.add_argument("--shots")
-    for name, default in {"rows": 32, "batch": 16, "tokens": 64, "repeat": 3, "threads": 1}.items():
+    for name, default in {"rows": 32, "batch": 16, "tokens": gsm8k.DECODING.max_new_tokens, "repeat": 3, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)

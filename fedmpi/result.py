@@ -28,7 +28,7 @@ def answered(task: "Task", speaker: "Speaker", chunk: Sequence[int]) -> dict[str
 
 @dataclass(frozen=True)
 class Result:
-    """One evaluation on disk: records one by one in NAME.jsonl while it runs, NAME.json when it is done."""
+    """One evaluation on disk: chunk by chunk in NAME.jsonl while it runs, NAME.json when it is done."""
 
     folder: Path
     name: str
@@ -42,7 +42,7 @@ class Result:
 
     @property
     def part(self) -> Path:
-        """The records so far; its first line says of what."""
+        """What was told so far, a line for each chunk; the first line says of what."""
         return self.folder / f"{self.name}.jsonl"
 
     def settings(self) -> dict[str, Any]:
@@ -66,29 +66,22 @@ class Result:
 
         A chunk is asked whole or not at all: who else is in a batch moves a loss by the noise of a forward pass.
         """
-        from fedmpi.federation.shards import handed_out
         from fedmpi.hosting.host import environment
 
-        began, known = time.monotonic(), self._known()
-        ids = self.task.ids
-        chunks = [list(range(start, min(start + chunk, len(ids)))) for start in range(0, len(ids), chunk)]
-        missing = [one for one in chunks if any(ids[index] not in known for index in one)]
-        costs = {"model_seconds": 0.0, "prompts_cut": 0}
-        with _appending(self.part) as file:
-            for told in handed_out(post, missing, partial(answered, self.task, speaker)):
-                for record in told["records"]:
-                    known[record["id"]] = record
-                    file.write(json.dumps(record) + "\n")
-                file.flush()
-                costs = {key: costs[key] + told[key] for key in costs}
-        records = [known[name] for name in ids]
+        began, num = time.monotonic(), len(self.task.ids)
+        chunks = {first: list(range(first, min(first + chunk, num))) for first in range(0, num, chunk)}
+        known = self._known(chunks)
+        now = self._ask(speaker, [one for first, one in chunks.items() if first not in known], post)
+        told = [(known | now)[first] for first in chunks]
+        records = [record for one in told for record in one["records"]]
         result = {
             "task": self.name,
             **self.task.score(records),
             "settings": self.settings(),
+            "prompts_cut": sum(one["prompts_cut"] for one in told),
             "seconds": time.monotonic() - began,
-            **costs,
-            "asked_now": sum(map(len, missing)),
+            "model_seconds": sum(one["model_seconds"] for one in now.values()),
+            "asked_now": sum(len(one["records"]) for one in now.values()),
             "ranks": 1 if post is None else post.transport.size,
             **environment(),
             "records": records,
@@ -97,14 +90,30 @@ class Result:
         self.part.unlink()
         return result
 
-    def _known(self) -> dict[str, dict[str, Any]]:
-        """Records of an interrupted evaluation; the file is begun where there is none."""
+    def _ask(self, speaker: "Speaker", missing: Sequence[list[int]], post: "Post | None") -> dict[int, dict[str, Any]]:
+        """What is told of these chunks, on disk as soon as it is told."""
+        from fedmpi.federation.shards import handed_out
+
+        now: dict[int, dict[str, Any]] = {}
+        with _appending(self.part) as file:
+            for chunk, told in zip(missing, handed_out(post, missing, partial(answered, self.task, speaker)), strict=True):
+                now[chunk[0]] = {"first": chunk[0], **told}
+                file.write(json.dumps(now[chunk[0]]) + "\n")
+                file.flush()
+        return now
+
+    def _known(self, chunks: Mapping[int, Sequence[int]]) -> dict[int, dict[str, Any]]:
+        """What an interrupted evaluation was told, by a chunk's first question; the file is begun where there is none."""
         lines = list(read_lines(self.part))
         if lines:
             self._same(lines[0]["settings"], self.part)
-        whole = [{"settings": self.settings()}, *lines[1:]]  # a last line that was cut short is gone from here on
+        told = {line["first"]: line for line in lines[1:]}
+        known = {first: line for first, line in told.items() if len(chunks.get(first, ())) == len(line["records"])}
+        if len(known) < len(told):
+            print(f"fedmpi: {self.part}: what was asked in batches of another size is asked again", flush=True)
+        whole = [{"settings": self.settings()}, *known.values()]  # a last line that was cut short is gone from here on
         write_atomically(self.part, "".join(json.dumps(line) + "\n" for line in whole))
-        return {line["id"]: line for line in lines[1:]}
+        return known
 
     def _same(self, found: Mapping[str, Any], path: Path) -> None:
         wanted = self.settings()

@@ -10,6 +10,7 @@ import re
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +184,8 @@ def build_answers(options: Options, data: DataConfig, tokenizer: Any) -> Answers
         if text is None:
             raise DataError(f"{records[number].place} has no question: expected a field question, instruction or text")
         asked.append(Asked(str(values.get("question_id", number)), text))
+    if twice := [name for name, num in Counter(one.id for one in asked).items() if num > 1]:
+        raise DataError(f"{options.data} has question_id {twice[0]} more than once: answers are found by it")
     return Answers(asked, data.template, options.decoding(Decoding(max_new_tokens=256)), tokenizer)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedmpi import meter
 from fedmpi.data import federate, tokenize
 from fedmpi.errors import CheckpointError
 from fedmpi.evaluation import heldout_loss
@@ -144,9 +145,11 @@ def test_the_resolved_recipe_runs_again(settings: list[str], tmp_path: Path) -> 
     assert again.hash() == recipe(*settings).hash()
 
 
-def test_costs_are_told_for_each_client_of_a_round(settings: list[str], tmp_path: Path) -> None:
+def test_costs_are_told_for_each_client_of_a_round(settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every column of every round; test_plan_and_ledger.py holds tokens and operations to other counts, test_meter.py joules."""
+    monkeypatch.setattr(meter, "packages_uj", dict)  # nothing here tells energy
     run(recipe(*settings, "--link_mbps=8"), tmp_path / "run", 3)
-    for line in [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()][1:]:
+    for line in lines_of(tmp_path / "run")[1:]:
         costs = line["client_costs"]
         assert sorted(map(int, costs)) == line["counted"]
         for key in ("tokens", "flops", "steps", "up_bytes", "down_bytes"):
@@ -154,9 +157,12 @@ def test_costs_are_told_for_each_client_of_a_round(settings: list[str], tmp_path
         for cost in costs.values():
             assert cost["transfer_s"] == pytest.approx((cost["up_bytes"] + cost["down_bytes"]) / 1e6)
             assert cost["turn_s"] > 0 and cost["peak_rss_bytes"] > 1e7
-            assert cost["peak_gpu_bytes"] is None and cost["energy_j"] != 0
-        assert line["seconds"] >= line["round_s"] > 0 and line["score_s"] > 0
-        assert line["round_s"] >= line["broadcast_s"] > 0 and line["blocked_s"] >= 0
-    run(recipe(*settings, "--rounds=1"), tmp_path / "unknown")
-    costs = json.loads((tmp_path / "unknown" / "metrics.jsonl").read_text().splitlines()[1])["client_costs"]
-    assert [cost["transfer_s"] for cost in costs.values()] == [None] * 5
+            assert cost["peak_gpu_bytes"] is None and cost["energy_j"] is None
+        assert line["seconds"] >= line["round_s"] + line["score_s"] > line["round_s"] > 0 and line["peak_rss_bytes"] > 1e7
+        assert line["round_s"] >= line["broadcast_s"] + line["wait_s"] > line["broadcast_s"] > 0
+        assert 0 < line["train_s"] <= sum(cost["turn_s"] for cost in costs.values()) and line["exposed_s"] >= 0 <= line["blocked_s"]
+    monkeypatch.setattr(meter, "packages_uj", lambda: {Path("package"): 1})
+    monkeypatch.setattr(meter, "joules_since", lambda before: 2.5 * len(before))
+    run(recipe(*settings, "--rounds=1"), tmp_path / "other")
+    costs = lines_of(tmp_path / "other")[1]["client_costs"]
+    assert [(cost["transfer_s"], cost["energy_j"]) for cost in costs.values()] == [(None, 2.5)] * 5

@@ -354,29 +354,84 @@ def test_an_unknown_category_is_refused_with_its_line(tmp_path):
         data.load(data.Config(name="rosetta", path=str(tmp_path)), 0)
 
 
-def test_code_search_net_is_searched_for_all_its_files(tmp_path):
-    def row(language, number):
-        return {"docstring": f"Do {number}.", "code": "pass", "language": language, "repo": "a/b"}
+LANGUAGES = ("go", "java", "javascript", "php", "python", "ruby")
 
-    for language, parts in {"go": 2, "ruby": 1}.items():
-        for split, number in [("train", part) for part in range(parts)] + [("test", 0)]:
-            folder = tmp_path / language / "final" / "jsonl" / split
+
+def function(language, number, part="train"):
+    """A record with the fields of CodeSearchNet's published files; code and docstring are ours."""
+    code = f'def add_{number}(a):\n    """Add {number}."""\n    return a + {number}'
+    where = {"repo": "someone/sums", "path": f"sums/{number}.py", "func_name": f"add_{number}", "sha": "0" * 40, "partition": part}
+    tokens = {"code_tokens": code.split(), "docstring_tokens": ["Add", str(number), "."]}
+    url = f"https://github.com/someone/sums/blob/{'0' * 40}/sums/{number}.py#L1-L3"
+    return {
+        **where,
+        **tokens,
+        "url": url,
+        "original_string": code,
+        "language": language,
+        "code": code,
+        "docstring": f"Add {number}.",
+    }
+
+
+def test_code_search_net_as_its_archives_unpack(tmp_path, capsys):
+    """LANGUAGE/final/jsonl/PART/LANGUAGE_PART_N.jsonl.gz, with validation rows and definitions beside them that nobody reads."""
+    for language in LANGUAGES:
+        for part, number in [("train", 0), ("test", 0), ("valid", 0)] + [("train", 1)] * (language == "go"):
+            folder = tmp_path / language / "final" / "jsonl" / part
             folder.mkdir(parents=True, exist_ok=True)
-            write(folder / f"{language}_{split}_{number}.jsonl.gz", [row(language, i) for i in range(4)], compress=True)
+            rows = [function(language, i, part) for i in range(4)]
+            write(folder / f"{language}_{part}_{number}.jsonl.gz", rows, compress=True)
+        (tmp_path / f"{language}_dedupe_definitions_v2.pkl").write_bytes(b"never opened")
+    assert program.main(["fed-code-search-net", "--data.path", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "fed-code-search-net, splitter meta: 6 clients, 28 training rows, 24 held out (test split)" in printed
+    assert [line.split()[-2:] for line in printed.splitlines()[1:7]] == [[name, "8" if name == "go" else "4"] for name in LANGUAGES]
+    assert "FS-LLM Table 6 counts another release or part of this corpus: rows 28 here, 1880800 there" in printed
     corpus = data.load(data.Config(name="code_search_net", path=str(tmp_path)), 0)
-    assert len(corpus.train) == 12 and len(corpus.test) == 8
-    assert corpus.train[-1] == data.Row("Do 3.", "ruby", "pass", "ruby", "train:11")
-    assert corpus.files["train"]["name"] == "go_train_0.jsonl.gz and 2 more"
+    assert corpus.train[-1] == data.Row("Add 3.", "ruby", function("ruby", 3)["code"], "ruby", "train:27")
+    assert corpus.files["train"]["name"] == "go_train_0.jsonl.gz and 6 more"
     one = data.load(data.Config(name="code_search_net", path=str(tmp_path / "ruby")), 0)
     assert [len(one.train), len(one.test)] == [4, 4]
 
 
-def test_without_a_path_the_hub_is_asked_and_its_silence_is_one_line():
+HUB = """
+import sys
+from fedmpi.data.__main__ import main
+for name in ("fed-gsm8k-3", "fed-code-search-net"):
+    assert main([name]) == 0
+sys.exit(main(["fed-dolly"]))
+"""
+
+
+def on_the_hub(folder, subset, parts):
+    """A repository as it lies on the hub: Parquet, and a card that says which file is of which subset and split."""
+    import pyarrow
+    import pyarrow.parquet
+
+    (folder / subset).mkdir(parents=True)
+    lines = ["---", "configs:", f"- config_name: {subset}", "  data_files:"]
+    for part, rows in parts.items():
+        file = f"{subset}/{part}-00000-of-00001.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / file)
+        lines += [f"  - split: {part}", f"    path: {file}"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+
+
+def test_the_hub_is_asked_for_subset_split_and_fields_and_its_silence_is_one_line(tmp_path):
+    """`datasets` opens a folder of that name in the working directory as it opens the repository on the hub."""
     pytest.importorskip("datasets", reason="the hub needs datasets (pip install 'fedmpi[data]')")
-    program = [sys.executable, "-m", "fedmpi.data", "fed-dolly"]
-    ended = subprocess.run(program, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1 and ended.stdout == ""
-    [line] = ended.stderr.splitlines()
+    sums = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(9)]
+    on_the_hub(tmp_path / "openai" / "gsm8k", "main", {"train": sums, "test": sums[:3]})
+    named = {"code": "func_code_string", "docstring": "func_documentation_string"}
+    told = [{named.get(key, key): value for key, value in function(name, i).items()} for name in LANGUAGES for i in range(2)]
+    on_the_hub(tmp_path / "code-search-net" / "code_search_net", "all", {"train": told, "validation": told, "test": told[:1]})
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    ended = subprocess.run([sys.executable, "-c", HUB], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert "fed-gsm8k-3, splitter iid: 3 clients, 9 training rows, 3 held out (test split)" in ended.stdout, ended.stderr
+    assert "6 clients, 12 training rows, 1 held out (test split; 5 clients have none of it)" in ended.stdout
+    assert ended.returncode == 1 and "dolly" not in ended.stdout
+    line = ended.stderr.splitlines()[-1]
     assert "databricks/databricks-dolly-15k cannot be had from the hub" in line and line.endswith("give data.path")
 
 

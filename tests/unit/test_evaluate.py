@@ -75,12 +75,29 @@ def test_an_interrupted_evaluation_goes_on(run_dir, tmp_path, monkeypatch):
     again = [str(run_dir), "--task", "perplexity", "--rows", "40", "--out", str(tmp_path / "two"), "--batch_size", "2"]
     assert evaluate.main(again) == 130
     part = tmp_path / "two" / "perplexity.jsonl"
-    assert not (tmp_path / "two" / "perplexity.json").exists() and len(part.read_text().splitlines()) == 1 + 3 * 8
-    part.write_text(part.read_text() + '{"id": "cut sho')
+    assert not (tmp_path / "two" / "perplexity.json").exists() and len(part.read_text().splitlines()) == 1 + 3
+    part.write_text(part.read_text() + '{"first": 24, "records": [{"id": "cut sho')
     monkeypatch.setattr(ModelSpeaker, "measure", measure)
     found = evaluated(run_dir, tmp_path / "two", "--batch_size", "2")
     assert found["asked_now"] == len(found["records"]) - 24 and found["records"] == whole["records"]
-    assert found["score"] == whole["score"] and not part.exists()
+    assert {key for key in whole if found[key] != whole[key]} == {"seconds", "model_seconds", "asked_now"}
+    assert not part.exists()
+
+
+def test_what_was_asked_in_other_batches_is_asked_again(tmp_path, capsys):
+    """Half of the questions in chunks of 8, then all in chunks of 20: no result is made of both."""
+    task = build(Subject(Options("exact_match", rows=40), None, data.Config(num_rows=50), 5, 0))
+    result, golds = Result(tmp_path, "exact_match", {}, task), {row.id: row.output for row in task.heldout.rows}
+    result._known({})
+    result._ask(Counting(golds), [list(range(first, first + 8)) for first in (0, 8)], None)
+    second, third = Counting(golds), Counting(golds)
+    found = result.make(second, 20)
+    assert second.asked == list(task.ids) and (found["asked_now"], found["prompts_cut"], found["score"]) == (40, 2, 1.0)
+    assert "batches of another size" in capsys.readouterr().out
+    result._known({})
+    result._ask(third, [list(range(20))], None)
+    found = result.make(third, 20)
+    assert third.asked == list(task.ids) and (found["asked_now"], found["prompts_cut"]) == (20, 2)
 
 
 def test_a_result_is_kept_for_its_own_settings_only(run_dir, tmp_path, capsys):

@@ -118,3 +118,9 @@ def test_answers_that_are_missing_are_told(tmp_path):
     )
     with pytest.raises(DataError, match="has no answer to question 1 and 0 others"):
         judge.build_judged(options, data.Config(), None)
+
+
+def test_questions_of_one_name_are_told(tmp_path):
+    (tmp_path / "questions.jsonl").write_text('{"question_id": 3, "text": "a"}\n{"question_id": 3, "text": "b"}\n')
+    with pytest.raises(DataError, match="questions.jsonl has question_id 3 more than once"):
+        judge.build_answers(Options("answers", data=str(tmp_path / "questions.jsonl")), data.Config(), None)
