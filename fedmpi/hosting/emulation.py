@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fedmpi.federation.supply import Supply
 
 FOLDER, ABOUT, WEIGHTS = "emulator", "emulation.json", "model.safetensors"
+TOLD_EVERY = 50  # steps of the pre-alignment
 MEASURED_BATCHES = 4  # of public text, on which the distance to the model is taken
 GAPS = (
     ("before", "hidden states off by", "relative"),
@@ -82,14 +83,17 @@ def places(layout: offsite.Layout, part: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Heedful(Hook):
-    """Ends a training that is no client's turn as soon as somebody is told to stop."""
+    """A training that is no client's turn, and may be long: says how far it is, and ends as soon as somebody is told to stop."""
 
     halt: Callable[[], bool]
 
     def after_step(self, step: Step) -> None:
         """After each step, since there may be hundreds."""
+        done, of = step.index + 1, step.num_steps
         if self.halt():
-            raise Stopped(f"after step {step.index + 1} of {step.num_steps} of the pre-alignment, which begins anew")
+            raise Stopped(f"after step {done} of {of} of the pre-alignment, which begins anew")
+        if done % TOLD_EVERY == 0 and done < of:
+            print(f"fedmpi: pre-alignment, step {done} of {of}", flush=True)
 
 
 def outfit(

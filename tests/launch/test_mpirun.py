@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from program import RECIPE, REPOSITORY, adapter_of, run
+from program import FEDBIOT, RECIPE, REPOSITORY, adapter_of, run
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(600)]
 WANTED = ("--config", str(RECIPE), "--run_dir", "run")
@@ -42,6 +42,11 @@ def test_torch_links_and_sums_under_mpirun(tmp_path: Path, expected: str) -> Non
     output = run(mpirun(3, *SUMS, "--transport", "torch"), tmp_path, **environment_of(OPEN_MPI))
     assert "3 ranks from mpirun of Open MPI, transport torch" in output
     assert adapter_of(tmp_path / "run") == expected
+
+
+def test_fedbiot_gives_the_bytes_of_one_process(tmp_path: Path, fedbiot_alone: Path) -> None:
+    run(mpirun(4, *FEDBIOT), tmp_path, **environment_of(OPEN_MPI))
+    assert adapter_of(tmp_path / "run") == adapter_of(fedbiot_alone / "run")
 
 
 @pytest.mark.parametrize("mpi", [OPEN_MPI, MPICH], ids=["openmpi", "mpich"])

@@ -20,6 +20,7 @@ from fedmpi.offsite.alignment import Gap
 from fedmpi.settings.recipe import Recipe
 from fedmpi.stop import Stop
 from fedmpi.tensors import digest, num_bytes
+from tests.lockstep.conftest import write_model
 from tests.lockstep.ranks import STOPS, adapter, recipe, run
 from tests.lockstep.test_absent import Falls
 
@@ -362,6 +363,13 @@ def test_bad_input_ends_every_rank_with_one_line(
     Path("empty.jsonl").write_text("")
     results = run(wanted(algorithm, *arguments), tmp_path / "run", 3)
     assert all(word in str(results[0]) for word in words), results[0]
+    assert all(isinstance(result, Aborted) for result in results[1:]), results
+
+
+def test_a_model_without_layers_ends_every_rank_with_what_was_looked_for(wanted: Any, tmp_path: Path) -> None:
+    bare = write_model(tmp_path / "bare", 0)
+    results = run(replace(wanted("fedbiot"), model=models.Config(str(bare))), tmp_path / "run", 3)
+    assert "LlamaForCausalLM has no list of repeated layers (a torch.nn.ModuleList)" in str(results[0]), results[0]
     assert all(isinstance(result, Aborted) for result in results[1:]), results
 
 

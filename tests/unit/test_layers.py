@@ -81,3 +81,9 @@ def test_settings_load_without_torch() -> None:
     code = f"import sys, {names}; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by it, and refuses the second when they run together."""
+    names = [path.name for path in ROOT.parent.glob("tests/**/test_*.py")]
+    assert sorted(names) == sorted(set(names))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from probe import digests
-from program import FEDBIOT, HERE, LAUNCH_S, PROGRAM, free_port, started
+from program import FEDBIOT, HERE, LAUNCH_S, PROGRAM, adapter_of, free_port, run, started, wait_for
 from safetensors.torch import load_file
 
 from fedmpi.models import Config, base_of, load_model
@@ -48,3 +48,18 @@ def test_a_client_that_cannot_open_the_model_holds_only_what_is_disclosed(tmp_pa
     for name in ("adapter", "adapter_emu"):
         file = f"{name}/adapter_model.safetensors"
         assert (fedbiot_alone / "run" / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
+
+
+def test_a_server_killed_in_its_long_alignment_begins_it_anew(tmp_path: Path, fedbiot_alone: Path) -> None:
+    program, port = [sys.executable, *PROGRAM, *FEDBIOT, f"--run_dir={tmp_path / 'run'}"], str(free_port())
+    by_hand = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    output = tmp_path / "output.txt"
+    with ExitStack() as ranks:
+        long = [*program, "--offsite.prealign_steps=100000"]
+        server, client = (ranks.enter_context(started(long, tmp_path, RANK=str(rank), **by_hand)) for rank in range(2))
+        wait_for(lambda: "pre-alignment, step 50 of 100000" in output.read_text(), server, "the alignment")
+        server.kill()
+        assert client.wait(LAUNCH_S) == 1
+    assert "rank 0 is gone" in output.read_text() and "Traceback" not in output.read_text()
+    run(program, tmp_path)
+    assert adapter_of(tmp_path / "run") == adapter_of(fedbiot_alone / "run")
