@@ -189,5 +189,7 @@ def decoder_layers(model: Any) -> Any:
     """The repeated layers of a decoder."""
     layers = repeated_layers(model)
     if layers is None:
-        raise ModelError(f"{type(model).__name__} has no list of repeated layers (a torch.nn.ModuleList): no decoder that this program knows")
+        raise ModelError(
+            f"{type(model).__name__} has no list of repeated layers (a torch.nn.ModuleList): no decoder that this program knows"
+        )
     return layers

@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,9 @@ class Campaign:
             known.write_text(self.repeated("calm", {}))
         self.undisturbed = known.read_text()
 
-    def repeated(self, name: str, lost: Mapping[int, Sequence[int]]) -> str:
+    def repeated(self, name: str, lost: history.Lost) -> str:
         """What a run ends in, in one process and without a fault, in which these clients have no update in these rounds."""
-        folder = self.folder(f"{name}-repeated", (), {str(index): list(clients) for index, clients in lost.items()})
+        folder = self.folder(f"{name}-repeated", (), lost)
         code, _ = self.jobs.start("in_process", folder)
         if code != FINISHED:
             raise SystemExit(f"a run without faults exited {code}: {(folder / 'output.txt').read_text()[-2000:]}")
@@ -56,7 +56,7 @@ class Campaign:
         shutil.rmtree(folder)
         return digest
 
-    def folder(self, name: str, faults: Sequence[Fault], lost: Mapping[str, Sequence[int]], without: Sequence[str] = ()) -> Path:
+    def folder(self, name: str, faults: Sequence[Fault], lost: history.Lost, without: Sequence[str] = ()) -> Path:
         """A fresh folder for a run, with its plan."""
         folder = self.out / name
         shutil.rmtree(folder, ignore_errors=True)

@@ -18,6 +18,7 @@ from typing import Any
 DEATHS = ("kill", "truncate", "reset")
 COUNTED = 1  # fedmpi.round.Verdict, as it stands in a header
 Event = Mapping[str, Any]
+Lost = Mapping[str, Mapping[str, str]]  # by round and client, what kind of failure took its update: the bench tells them apart
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,10 @@ def faults_of(history: History, final: str, expected: str | None) -> list[str]:
     ]
 
 
-def lost(history: History) -> tuple[dict[int, list[int]], bool]:
-    """The clients without an update, by round; and whether a round was repeated with another cohort."""
-    failed = {line["round"]: sorted(map(int, line["failures"])) for line in history.rounds if line["failures"]}
+def lost(history: History) -> tuple[Lost, bool]:
+    """What did not arrive; and whether a round was repeated with another cohort."""
+    kinds = {line["round"]: {client: why.partition(":")[0] for client, why in line["failures"].items()} for line in history.rounds}
+    failed = {str(index): of_round for index, of_round in kinds.items() if of_round}
     return failed, any(line["attempt"] for line in history.rounds)
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fedmpi.transports.base import Transport
 from fedmpi.transports.link import Link
 from tests.campaign import faults as kinds
 from tests.campaign.faults import DONE_AT_ONCE, Fault, kill_self
+from tests.campaign.history import Lost
 
 LARGE_BYTES = 1024
 SLOW_WRITES, SLOW_S = 20, 0.05
@@ -152,8 +153,8 @@ def poison(model: Any) -> None:
     next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
 
 
-def install(folder: Path, faults: Sequence[Fault], lost: Mapping[str, Collection[int]], threads: bool) -> None:
-    """Wrap what a round consists of. In the rounds of `lost`, those clients have no update, whatever else happens."""
+def install(folder: Path, faults: Sequence[Fault], lost: Lost, threads: bool) -> None:
+    """Wrap what a round consists of. What `lost` names has no update, whatever else happens."""
     probe = Probe(folder, faults, threads)
     _wrap_rounds(probe)
     _wrap_links(probe)
@@ -220,7 +221,7 @@ def _wrap_links(probe: Probe) -> None:
     _before(Transport, "lost", lost)
 
 
-def _wrap_training(probe: Probe, lost: Mapping[str, Collection[int]]) -> None:
+def _wrap_training(probe: Probe, lost: Lost) -> None:
     fit, take, hand_in = training.fit, Turns.take, lockstep.hand_in
 
     def fits(model: Any, *arguments: Any, hooks: Sequence[Any] = (), **options: Any) -> Any:
@@ -231,10 +232,12 @@ def _wrap_training(probe: Probe, lost: Mapping[str, Collection[int]]) -> None:
         return done
 
     def takes(turns: Turns, rnd: Any, client: Any, work: Any, *rest: Any) -> Any:
-        def loses(_: Any) -> Any:
-            raise RuntimeError("lost, as in the run that this one repeats")
+        kind = lost.get(str(rnd.index), {}).get(str(client.id))
 
-        return take(turns, rnd, client, loses if client.id in lost.get(str(rnd.index), ()) else work, *rest)
+        def loses(_: Any) -> Any:
+            raise type(kind, (RuntimeError,), {})("lost, as in the run that this one repeats")
+
+        return take(turns, rnd, client, loses if kind else work, *rest)
 
     def hands_in(post: Any, *rest: Any) -> None:  # perhaps in a thread of its own
         hand_in(post, *rest)

@@ -1,6 +1,6 @@
 """One process of a run: the program with the probe in it. It is one rank, or all of them as threads.
 
-FOLDER/plan.json has the faults, the clients whose updates are lost whatever happens, and the protections to do without.
+FOLDER/plan.json has the faults, the updates that are lost whatever happens, and the protections to do without.
 """
 
 import json

@@ -146,8 +146,8 @@ def test_a_round_that_was_not_durable_may_count_others_when_it_is_done_again() -
 
 def test_what_was_lost_is_what_the_repeated_run_has_to_lose() -> None:
     story = sound()
-    story["metrics"][1].update(counted=[0], failures={"1": "RuntimeError"})
-    assert lost(History(story["processes"], story["metrics"])) == ({0: [1]}, False)
+    story["metrics"][1].update(counted=[0], failures={"1": "Late: it has not answered"})
+    assert lost(History(story["processes"], story["metrics"])) == ({"0": {"1": "Late"}}, False)
     story["metrics"][3]["attempt"] = 1
     assert lost(History(story["processes"], story["metrics"]))[1]
 
