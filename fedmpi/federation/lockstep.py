@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from fedmpi.aggregation import Check
 from fedmpi.codecs import Chains
@@ -51,6 +52,7 @@ class Federation:
     halves: bool = False  # rounds move a part of what is broadcast, and who had the broadcast before is sent that part alone
     terms: Terms | None = None  # where ranks add up what their own clients made
     collective: bool = False  # and the sums of all ranks, like broadcasts, go by collectives
+    supplied: Callable[[int, Mapping[str, Any]], int] | None = None  # gives a rank what it cannot read for itself; the bytes of it
     answer: scores.Answer | None = None  # how clients that live here score what the server asks about, on rows of their own
     goes_on: bool = False  # without ranks that are gone
     patience_s: float | None = None  # a turn without a step for so long is stuck
@@ -228,16 +230,25 @@ class Federation:
         if self._joint is not None:
             self._joint.meet()
 
-    def _readmit(self, peer: int, greeting: Message) -> None:
-        """A rank that joins anew: it has the state that counts now from its files, and from the server whatever else it misses."""
-        assert self.post is not None
+    def _readmit(self, peer: int, greeting: Message) -> bool:
+        """A rank that joins anew: it has the state that counts now from its files, and from the server whatever else it misses.
+
+        One that asks for a model first is given it, and greets again when it has all.
+        """
+        assert self.post is not None and self.roll is not None
         said = self.post.json(self.post.expected(greeting, Kind.HELLO, -1))
+        if "examples" not in said and self.supplied is not None:
+            num_bytes = self.supplied(peer, said)
+            self.ledger.totals["supply_bytes"] += num_bytes
+            self.roll.note(event="supply", rank=peer, supply_bytes=num_bytes)
+            return False
         self._meeting.readmit(peer, said, self._standing, self.post)
         self.downlink.forget(peer)
         if self._moved is not None:
             self._moved.forget(peer)
         if self._levelling is not None:
             self._levelling.forget(peer)
+        return True
 
     def farewell(self) -> None:
         """Nobody leaves before what was sent and what was received are found equal."""

@@ -107,8 +107,6 @@ class Meeting:
 
     def readmit(self, peer: int, greeting: Mapping[str, Any], owned: Mapping[int, str], post: Post) -> None:
         """A rank that was gone greets as at the start; it is let in where it is what it was."""
-        if "examples" not in greeting:
-            raise WorldError(f"rank {peer} asks for what is given before the first round only: start the job again")
         sizes = self._heard(peer, greeting, self._experiment)
         if other := [client for client, num in sizes.items() if num != self._sizes[client]]:
             raise WorldError(f"rank {peer} has other rows of clients {other} than it had: give it the same data")

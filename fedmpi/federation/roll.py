@@ -20,6 +20,7 @@ from fedmpi.round import Placement, Round
 from fedmpi.transports.inbox import Message
 
 LOOK_S = 0.02  # between two looks at whether somebody is back
+Readmit = Callable[[int, Message], bool]
 _TENSORS = (Kind.UPDATE, Kind.CODED)
 
 
@@ -31,14 +32,14 @@ class Roll:
     post: Post
     ledger: Ledger
     goes_on: bool = False  # without ranks that are gone; else the first of them ends the run
-    readmit: Callable[[int, Message], None] | None = None  # what is told to a rank that was gone and greets again
+    readmit: Readmit | None = None  # what is told to a rank that was gone and greets again; whether it is back by that
     gone: dict[int, str] = field(default_factory=dict)  # by rank: why
     owed: dict[int, Failure] = field(default_factory=dict)  # by client that has not answered: why that was not waited for
     _late: Counter[int] = field(default_factory=Counter)  # by client, bytes of an answer of which the end has not come
     _coming: set[int] = field(default_factory=set)  # ranks that have a new link and have not greeted
     _events: list[dict[str, Any]] = field(default_factory=list)
 
-    def begin(self, readmit: Callable[[int, Message], None]) -> None:
+    def begin(self, readmit: Readmit) -> None:
         """From the first round on: what happened before ends the run in any case."""
         self.readmit = readmit
         if self.goes_on:
@@ -55,6 +56,10 @@ class Roll:
                 clients = self.placement.hosted_by(rank)
                 print(f"fedmpi: rank {rank} is lost, the run goes on without clients {list(clients)}: {error}", flush=True)
                 self._events.append({"event": "rank_lost", "rank": rank, "clients": list(clients), "message": str(error)})
+
+    def note(self, **event: Any) -> None:
+        """Something else that belongs into the record."""
+        self._events.append(event)
 
     def told(self) -> list[dict[str, Any]]:
         """What happened since this was asked last, for the record."""
@@ -84,18 +89,20 @@ class Roll:
         for rank in self.post.transport.asking():
             with suppress(LinkError), self.post.apart():
                 self.post.transport.reopen(rank)
+                self.post.forget(rank)
                 self._coming.add(rank)
         self._coming -= self.post.transport.failures.keys()
         for rank in [rank for rank in sorted(self._coming) if self.post.transport.holds({rank})]:
-            self._coming.discard(rank)
-            self.post.forget(rank)
             try:
                 assert self.readmit is not None
-                self.readmit(rank, self.post.receive({rank}, "greeting a rank that is back"))
+                if not self.readmit(rank, self.post.receive({rank}, "greeting a rank that is back")):
+                    continue
             except FedmpiError as error:
                 print(f"fedmpi: rank {rank} cannot come back: {error}", flush=True)
                 self.post.transport.drop(rank, str(error))
+                self._coming.discard(rank)
                 continue
+            self._coming.discard(rank)
             del self.gone[rank]
             print(f"fedmpi: rank {rank} is back, with clients {list(self.placement.hosted_by(rank))}", flush=True)
             self._events.append({"event": "rank_back", "rank": rank, "clients": list(self.placement.hosted_by(rank))})

@@ -35,15 +35,25 @@ class Supply:
 def hand_out(post: Post, experiment: str, supply: Supply, holders: Collection[int]) -> int:
     """Give every rank facts and files and the holders the tensors; gives the bytes of tensors and files that were sent."""
     for peer, greeting in post.from_each(Kind.HELLO, "greeting the clients"):
-        if greeting["experiment"] != experiment:
-            raise WorldError(
-                f"rank {peer} runs experiment {greeting['experiment']}, the server {experiment}: give all ranks equal settings"
-            )
-    for peer in post.transport.peers:
+        same(peer, greeting, experiment)
+    return give(post, post.transport.peers, supply, holders)
+
+
+def same(peer: int, greeting: Mapping[str, Any], experiment: str) -> None:
+    """Refuse who is here for something else."""
+    if greeting["experiment"] != experiment:
+        raise WorldError(
+            f"rank {peer} runs experiment {greeting['experiment']}, the server {experiment}: give all ranks equal settings"
+        )
+
+
+def give(post: Post, peers: Collection[int], supply: Supply, holders: Collection[int]) -> int:
+    """Send it to these ranks, the tensors to those of them that hold clients; gives the bytes of tensors and files."""
+    for peer in peers:
         post.send_json(peer, Kind.WELCOME, {"facts": supply.facts, "holds": peer in holders})
     files = {name: torch.frombuffer(bytearray(content), dtype=torch.uint8) for name, content in supply.files.items() if content}
-    post.send_tensors(post.transport.peers, Kind.SUPPLY, files, -1)
-    sent = num_bytes(files) * len(post.transport.peers)
+    post.send_tensors(peers, Kind.SUPPLY, files, -1)
+    sent = num_bytes(files) * len(peers)
     for name, tensor in supply.tensors if holders else ():
         post.send_tensors(sorted(holders), Kind.SUPPLY, {name: tensor.contiguous()}, -1)
         sent += num_bytes({name: tensor}) * len(holders)

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,20 +60,6 @@ class Emulation:
         layers = None if scheme.tunes_emulator else places(self.layout, "adapter")
         return Base(wanted.model, wanted.peft, device, wanted.seed, self.given, layers, self.layout)
 
-    def supply(self) -> "Supply":
-        """What goes over the links, once."""
-        from fedmpi.federation.supply import FILES, Supply
-
-        facts = {
-            "config": skeleton.settings_of(self.given.model),
-            "layout": asdict(self.layout),
-            "structure": dict(self.structure),
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            self.given.tokenizer.save_pretrained(folder)
-            files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name in FILES}
-        return Supply(facts, files, skeleton.stored(self.given.model))
-
 
 def places(layout: offsite.Layout, part: str) -> tuple[int, ...]:
     """Where the layers of a part stand in the compressed model."""
@@ -118,9 +104,9 @@ def outfit(
         if post is not None:
             supply.call_off(post, str(stopped))
         raise
-    clients, given = len(parties.clients), made.supply()
+    clients, given = len(parties.clients), original.supply()
     if post is None:  # what a federation's links would carry
-        sent = clients * (num_bytes(dict(given.tensors)) + sum(map(len, given.files.values())))
+        sent = clients * (sum(num_bytes({name: tensor}) for name, tensor in given.tensors) + sum(map(len, given.files.values())))
     else:
         placement = place(clients, post.transport.size, wanted.ranks_per_client, tuple(map(int, wanted.groups)))
         sent = supply.hand_out(post, experiment, given, [peer for peer in post.transport.peers if placement.hosted_by(peer)])
@@ -159,7 +145,17 @@ def on_server(
         print(f"fedmpi: emulator of {len(layout.emulator)} layers for {len(layout.inner)}: {_told(report)}", flush=True)
     if there != own:
         store(emulator, structure, report, tokenizer, own)
-    return Emulation(Given(emulator.model, tokenizer), layout, structure), Original(full, goal, report)
+    return Emulation(Given(emulator.model, tokenizer), layout, structure), Original(full, goal, partial(supply, own), report)
+
+
+def supply(folder: Path) -> "Supply":
+    """What goes over the links: what is in an emulator's folder."""
+    from fedmpi.federation.supply import FILES, Supply
+
+    about, settings = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (ABOUT, "config.json"))
+    facts = {"config": skeleton.nowhere(settings), "layout": about["layout"], "structure": about["structure"]}
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in FILES}
+    return Supply(facts, files, _tensors(folder / WEIGHTS))
 
 
 def on_client(supply: "Supply", device: str) -> Emulation:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fedmpi.federation import Update
+    from fedmpi.federation.supply import Supply
     from fedmpi.offsite import Layout
 
 
@@ -41,6 +42,7 @@ class Original:
 
     base: Base  # the original model, with the adapter on its own layers
     goal: "Callable[[], offsite.Goal]"  # what the emulator is aligned to, with the public rows
+    supply: "Callable[[], Supply]"  # what a rank is given that cannot read a model for itself
     report: Mapping[str, Any] = field(default_factory=dict)  # what the emulator saves, discloses, and misses
 
 

@@ -12,9 +12,9 @@ from fedmpi.errors import ModelError
 PLACES = ("_name_or_path", "transformers_version")  # what a config says of the machine that read it
 
 
-def settings_of(model: PreTrainedModel) -> dict[str, Any]:
+def nowhere(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What a config.json says, without any path."""
-    return {key: value for key, value in model.config.to_dict().items() if key not in PLACES}
+    return {key: value for key, value in settings.items() if key not in PLACES}
 
 
 def stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,7 +4,7 @@ It knows any algorithm by the names that its file exports, and nothing of what t
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from fedmpi import aggregation, config
 from fedmpi.errors import ConfigError, PeerLost, PeerSilent
+from fedmpi.federation import supply
 from fedmpi.federation.bench import Bench
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.lockstep import Federation
@@ -21,7 +22,7 @@ from fedmpi.federation.sums import Terms
 from fedmpi.hosting.host import Host
 from fedmpi.record import checkpoint
 from fedmpi.record.folder import RunFolder
-from fedmpi.round import SERVER, End, cohort_of, place
+from fedmpi.round import SERVER, End, Placement, cohort_of, place
 from fedmpi.sessions import choosing
 from fedmpi.sessions.keeper import Keeper, restored
 from fedmpi.settings import exchange
@@ -71,7 +72,7 @@ class Session:
             up=recipe.chain("up"), down=recipe.chain("down"), collective=way.exchange == "collective",
             halves=self.host.rules.rule in aggregation.HALVES,
             terms=None if way.exchange == "star" else Terms(recipe.weights, num_examples, self.host.own_check),
-            goes_on=self.goes_on and way.exchange == "star", patience_s=recipe.timeout_s,
+            supplied=self._supplied(placement), goes_on=self.goes_on and way.exchange == "star", patience_s=recipe.timeout_s,
         )  # fmt: skip
         if recipe.scenario == "fed" and rank == SERVER and self.post is not None:
             then = "the run goes on without it" if fed.goes_on else "the job ends"
@@ -102,6 +103,18 @@ class Session:
             post.forget(SERVER)
             return self.train()[0]
         return fed.end
+
+    def _supplied(self, placement: Placement) -> Callable[[int, Mapping[str, Any]], int] | None:
+        """How a rank is given a model anew that was started again; None where nobody is given one."""
+        original, post = self.host.original, self.post
+        if original is None or post is None:
+            return None
+
+        def give(peer: int, greeting: Mapping[str, Any]) -> int:
+            supply.same(peer, greeting, self.experiment)
+            return supply.give(post, [peer], original.supply(), [peer] if placement.hosted_by(peer) else [])
+
+        return give
 
     @property
     def adapter_bytes(self) -> int:
