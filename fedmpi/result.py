@@ -87,7 +87,7 @@ class Result:
             "records": records,
         }
         write_atomically(self.path, json.dumps(result, indent=1) + "\n")
-        self.part.unlink()
+        self.part.unlink(missing_ok=True)
         return result
 
     def _ask(self, speaker: "Speaker", missing: Sequence[list[int]], post: "Post | None") -> dict[int, dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy
@@ -24,7 +24,7 @@ USUAL_NAMES = {
 TOY_SEED = 0  # the built-in data are one fixed corpus, whatever the seed of a run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One sample: an instruction, perhaps with an input, and the response to learn."""
 
@@ -127,14 +127,20 @@ def _locate(config: Config, declared: Declaration) -> dict[str, list[Path]]:
 
 
 def _from_files(name: str, declared: Declaration, wanted: Mapping[str, str], part: str, paths: Sequence[Path]) -> Part:
-    read = [files.read(path) for path in paths]
-    digests = [sha for _, sha in read]
+    digests: list[str] = []
+    where = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} and others"
+    found = _part(_opened(paths, digests), _reading(name, declared, declared.fields, wanted), part, where)
     sha = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     called = paths[0].name if len(paths) == 1 else f"{paths[0].name} and {len(paths) - 1} more"
-    found = [record for records, _ in read for record in records]
-    where = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} and others"
-    reading = _reading(name, declared, declared.fields, wanted)
-    return _part(found, reading, part, where, {"name": called, "sha256": sha})
+    return replace(found, facts={"name": called, "sha256": sha, **found.facts})
+
+
+def _opened(paths: Sequence[Path], digests: list[str]) -> Iterator[Record]:
+    """The records of all files, those of one file in memory at a time."""
+    for path in paths:
+        records, sha = files.read(path)
+        digests.append(sha)
+        yield from records
 
 
 def _from_hub(name: str, declared: Declaration, wanted: Mapping[str, str]) -> dict[str, Part]:
@@ -145,9 +151,9 @@ def _from_hub(name: str, declared: Declaration, wanted: Mapping[str, str]) -> di
     reading = _reading(name, declared, hub.fields or declared.fields, wanted)
     parts = {}
     for part, split in hub.parts.items():
-        found = list(tables.from_hub(hub.name, hub.subset, split))
-        sha = hashlib.sha256(tables.fingerprint(found).encode()).hexdigest()
-        parts[part] = _part(found, reading, part, hub.name, {"name": hub.name, "sha256": sha})
+        digest = hashlib.sha256()
+        found = _part(tables.from_hub(hub.name, hub.subset, split, digest.update), reading, part, hub.name)
+        parts[part] = replace(found, facts={"name": hub.name, "sha256": digest.hexdigest(), **found.facts})
     return parts
 
 
@@ -168,14 +174,13 @@ def _reading(name: str, declared: Declaration, fields: Mapping[str, str], wanted
     return _Reading(name, declared, names, frozenset({"instruction", "response", *named} - {"input"}))
 
 
-def _part(found: Sequence[Record], reading: _Reading, part: str, where: str, facts: Mapping[str, object]) -> Part:
+def _part(found: Iterable[Record], reading: _Reading, part: str, where: str) -> Part:
     """Rows of the records, without the categories that the declaration drops; what was dropped and cleaned is told."""
-    declared, names = reading.declared, reading.names["input"]
-    if len(names) == 1 and not any(name in record.values for record in found for name in names):
-        raise DataError(f"{where} has no field {names[0]!r} in any record: give the right name in data.fields input=...")
-    rows, dropped, num_cleaned = [], Counter[str](), 0
+    declared, inputs = reading.declared, reading.names["input"]
+    rows, dropped, num_cleaned, has_input = [], Counter[str](), 0, len(inputs) != 1
     for index, record in enumerate(found):
         row, was_cleaned = _row(record, f"{part}:{index}", reading)
+        has_input = has_input or inputs[0] in record.values
         if row.category in declared.dropped:
             dropped[row.category] += 1
             continue
@@ -184,7 +189,9 @@ def _part(found: Sequence[Record], reading: _Reading, part: str, where: str, fac
             raise DataError(f"{record.place} has the unknown category {row.category!r}: {reading.name} has {known}")
         rows.append(row)
         num_cleaned += was_cleaned
-    told: dict[str, object] = {**facts, "rows": len(rows)}
+    if not has_input:
+        raise DataError(f"{where} has no field {inputs[0]!r} in any record: give the right name in data.fields input=...")
+    told: dict[str, object] = {"rows": len(rows)}
     told |= {"dropped": dict(sorted(dropped.items()))} if dropped else {}
     told |= {"cleaned": num_cleaned} if declared.cleaned else {}
     return Part(rows, told)

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,8 +46,8 @@ def parse_parquet(path: Path, content: bytes) -> Iterator[Record]:
     yield from (Record(values, f"{path} record {number}") for number, values in enumerate(rows, start=1))
 
 
-def from_hub(name: str, subset: str | None, split: str) -> Iterator[Record]:
-    """All rows of one split of a data set on the hub. Nothing that came with the data is run."""
+def from_hub(name: str, subset: str | None, split: str, tell: Callable[[bytes], None]) -> Iterator[Record]:
+    """All rows of one split of a data set on the hub, each also told as bytes. Nothing that came with the data is run."""
     try:
         import datasets
     except ImportError:
@@ -58,7 +58,9 @@ def from_hub(name: str, subset: str | None, split: str) -> Iterator[Record]:
     except Exception as error:  # noqa: BLE001  (datasets lets through what http clients, file systems and formats raise)
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{name} cannot be had from the hub ({type(error).__name__}: {reason}): give data.path") from None
-    yield from (Record(dict(values), f"{name} {split} record {number}") for number, values in enumerate(found, start=1))
+    for number, values in enumerate(found, start=1):
+        tell(json.dumps(values, sort_keys=True, default=str).encode() + b"\n")
+        yield Record(dict(values), f"{name} {split} record {number}")
 
 
 @contextmanager
@@ -72,8 +74,3 @@ def _quiet(*names: str) -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-
-
-def fingerprint(rows: list[Record]) -> str:
-    """Rows that have no file as text with one spelling."""
-    return json.dumps([row.values for row in rows], sort_keys=True, default=str)

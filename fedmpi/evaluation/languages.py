@@ -30,18 +30,8 @@ BOX_PATH = "/usr/local/bin:/usr/bin:/bin"
 GO_TEST = ("go", "test", "-vet=off")
 FOREIGN = re.compile(r"#include\s*<((?:boost|openssl)/[^>]+)>")
 CPP_HEADERS = (
-    "algorithm",
-    "climits",
-    "cmath",
-    "cstdio",
-    "cstdlib",
-    "cstring",
-    "iostream",
-    "map",
-    "numeric",
-    "set",
-    "string",
-    "vector",
+    *("algorithm", "climits", "cmath", "cstdio", "cstdlib", "cstring"),
+    *("iostream", "map", "numeric", "set", "string", "vector"),
 )
 
 
@@ -200,9 +190,7 @@ def missing_tools(name: str, problems: list[Mapping[str, Any]]) -> list[str]:
     """Compilers and headers that these problems need and this machine lacks."""
     tools = [tool for tool in LANGUAGES[name].tools if not shutil.which(tool)]
     if name == "cpp" and not tools:
-        wanted = {
-            header for problem in problems for header in re.findall(r"#include\s*<((?:boost|openssl)/[^>]+)>", problem["prompt"])
-        }
+        wanted = {header for problem in problems for header in FOREIGN.findall(problem["prompt"])}
         tools += [header for header in sorted(wanted) if not _has_header(header)]
     if name == "go" and not tools and not os.path.isdir(f"{GO_PATH}/src/{TESTIFY}"):
         tools.append("github.com/stretchr/testify")

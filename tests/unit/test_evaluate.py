@@ -56,6 +56,9 @@ def test_perplexity_is_the_heldout_loss_of_the_adapted_model(run_dir, tmp_path):
     worst = found["worst_client"]
     assert worst["loss"] == max(client["loss"] for client in found["clients"].values())
     assert not list(tmp_path.glob("*.jsonl"))
+    told = {"subject", "prompt_hash", "shots", "decoding", "rows", "template", "template_hash", "max_length", "counts"}
+    assert found["settings"].keys() == told and found["versions"].keys() >= {"fedmpi", "torch", "transformers"}
+    assert found["settings"]["subject"]["model"] == "builtin:tiny" and len(found["settings"]["subject"]["adapter_sha256"]) == 64
 
 
 def test_an_interrupted_evaluation_goes_on(run_dir, tmp_path, monkeypatch):

@@ -20,8 +20,11 @@ def speaker(batch_size: int = 16, spread: float = 0.5) -> ModelSpeaker:
     return ModelSpeaker(llama(vocab=100, spread=spread), Letters(), batch_size)
 
 
+@pytest.mark.parametrize("pad", [0, 2])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_neither_batch_nor_order_moves_an_answer(temperature):
+def test_neither_batch_nor_order_moves_an_answer(temperature, pad, monkeypatch):
+    """Nor what prompts are padded with, the end token too."""
+    monkeypatch.setattr(Letters, "pad_token_id", pad)
     decoding = Decoding(max_new_tokens=12, temperature=temperature, top_k=50, top_p=0.9, seed=3)
     whole = speaker().say(PROMPTS, decoding, KEYS)
     assert speaker(1).say(PROMPTS, decoding, KEYS) == whole == speaker(2).say(PROMPTS[::-1], decoding, KEYS[::-1])[::-1]
