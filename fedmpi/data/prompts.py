@@ -132,7 +132,8 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, config: Config) -> tuple[list[
 
 def num_supervised(labels: Sequence[int]) -> int:
     """Labels that count after the causal shift: nothing predicts the first token."""
-    return sum(label != IGNORED for label in labels[1:])
+    rest = labels[1:]
+    return len(rest) - rest.count(IGNORED)
 
 
 def _template(name: str) -> Template:

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from evaluation_data import Oracle
 
-from fedmpi import data
+from fedmpi import data, evaluate
 from fedmpi.errors import DataError
 from fedmpi.evaluation import judge
 from fedmpi.evaluation.task import Options
@@ -93,6 +93,19 @@ def test_a_judge_that_fails_is_told_and_ratings_are_kept(tmp_path):
             result.make(Oracle({"7": "good", "1": "dull"}), 1)
         found = result.make(Oracle({"7": "good", "1": "dull"}), 1)
     assert found["asked_now"] == 1 and found["score"] == 1.0
+
+
+def test_the_two_commands_and_no_question_is_rated_twice(tmp_path):
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps({"text": f"What is {n}?"}) + "\n" for n in range(3)))
+    asked = ["builtin:tiny", "--data", str(tmp_path / "questions.jsonl"), "--max_new_tokens", "2", "--out", str(tmp_path)]
+    assert evaluate.main([*asked, "--task", "answers"]) == 0
+    with Service(faults=[200] * 12 + [401], text="8 7") as service:
+        whom = ["--judge_url", service.url, "--judge_model", "j", "--against", str(tmp_path / "answers.json")]
+        assert evaluate.main([*asked, "--task", "judge", *whom]) == 1
+        assert evaluate.main([*asked, "--task", "judge", *whom]) == 0
+        assert len(service.requests) == 3 * 6 + 1
+    found = json.loads((tmp_path / "judge.json").read_text())
+    assert (found["num_rows"], found["score"], found["asked_now"]) == (3, 1.0, 1), "the same answers, in both places"
 
 
 def test_a_judge_that_only_talks_gives_no_score(tmp_path):
