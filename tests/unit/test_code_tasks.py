@@ -7,7 +7,7 @@ import pytest
 from evaluation_data import Oracle, shared
 
 from fedmpi.errors import ConfigError, DataError
-from fedmpi.evaluation import code
+from fedmpi.evaluation import code, languages
 from fedmpi.evaluation.languages import LANGUAGES, cleaned, missing_tools
 from fedmpi.evaluation.task import Options
 from fedmpi.result import Result
@@ -82,7 +82,9 @@ def programs(**changed) -> code.Programs:
         ("    syntax error", False),
     ],
 )
-def test_a_program_counts_when_all_its_tests_have_run(answer, right):
+def test_a_program_counts_when_all_its_tests_have_run(answer, right, monkeypatch):
+    if "while" in answer:
+        monkeypatch.setattr(languages, "RUN_S", 1.0)  # it would take as long as it may
     assert programs().judge("P/0#0", PROBLEM, answer)["right"] is right
 
 
