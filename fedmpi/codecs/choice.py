@@ -38,12 +38,11 @@ CANDIDATES = (
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one value in a chain, on a rank: seconds both ways, bytes, and coded chunks."""
+    """Of one value in a chain, on a rank: seconds both ways, and bytes."""
 
     encode_s: float
     decode_s: float
     num_bytes: float
-    num_chunks: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,10 @@ class Way:
     latency_s: float
     byte_s: float
     copies: int  # messages of a round this way, which share the links
-    chunk_s: float = 0.0  # what each coded chunk of a message waits for, however small it is
 
     def seconds(self, num: int, cost: Cost) -> float:
         """Until all messages of so many values are there."""
-        return self.latency_s + num * (self.copies * cost.num_bytes * self.byte_s + cost.num_chunks * self.chunk_s)
+        return self.latency_s + num * self.copies * cost.num_bytes * self.byte_s
 
 
 def within(budget: float) -> tuple[str, ...]:
@@ -80,7 +78,7 @@ def _cost(coder: Coder, values: torch.Tensor) -> Cost:
         coder.decode(data, len(values))
         seconds.append((encoded - began, time.perf_counter() - encoded))
     encode_s, decode_s = (min(each) / len(values) for each in zip(*seconds[1:], strict=True))
-    return Cost(encode_s, decode_s, len(data) / len(values), 1 / SAMPLE)
+    return Cost(encode_s, decode_s, len(data) / len(values))
 
 
 def slowest(costs: Sequence[Mapping[str, Cost]]) -> dict[str, Cost]:

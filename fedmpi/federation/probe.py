@@ -5,14 +5,11 @@ too. It takes about a second. This module must never know what will be sent.
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
-import torch
-
-from fedmpi.codecs import chains, choice
+from fedmpi.codecs import choice
 from fedmpi.codecs.choice import Cost, Way
-from fedmpi.federation.coding import CHUNK, Encoding, Known
 from fedmpi.federation.post import Post, content
 from fedmpi.messages import Kind
 from fedmpi.round import SERVER
@@ -20,7 +17,6 @@ from fedmpi.round import SERVER
 SMALL_BYTES, MOST_BYTES = 1 << 10, 8 << 20
 ENOUGH_S = 0.15  # a message that takes so long says enough
 GROWTH = 4
-CHUNKS, EMPTY = 8, chains("zstd")  # coded chunks by which it is measured what each of them costs
 
 
 @dataclass(frozen=True)
@@ -42,23 +38,16 @@ def lead(post: Post, candidates: Sequence[str]) -> Found:
         costs.append({chain: Cost(**cost) for chain, cost in told.items()})
     down = _grown(lambda size: _exchange(post, size, 0), len(peers))
     up = _grown(lambda size: _exchange(post, 0, size), len(peers))
-    chunk_s = max(0.0, _exchange_coded(post, 1 + CHUNKS) - _exchange_coded(post, 1)) / CHUNKS
     post.send_bytes(peers, Kind.QUESTION, b"")
-    return Found(replace(down, chunk_s=chunk_s), replace(up, chunk_s=chunk_s), choice.slowest(costs))
+    return Found(down, up, choice.slowest(costs))
 
 
 def follow(post: Post) -> None:
     """Everybody else's: answer until nothing is asked any more."""
     asked = post.json(post.expect(SERVER, Kind.QUESTION, -1, "measuring codecs"))
     post.send_json(SERVER, Kind.ANSWER, {chain: asdict(cost) for chain, cost in choice.measure(asked["chains"]).items()})
-    while True:
-        message, size = post.receive({SERVER}, "measuring the link"), 0
-        if message.header.kind is Kind.CODED:
-            post.decode(message, EMPTY, Known(), "measuring coded chunks")
-        elif said := content(post.expected(message, Kind.QUESTION, -1)):
-            size = min(int.from_bytes(said[:8], "little"), MOST_BYTES)
-        else:
-            return
+    while said := content(post.expect(SERVER, Kind.QUESTION, -1, "measuring the link")):
+        size = min(int.from_bytes(said[:8], "little"), MOST_BYTES)
         post.send_bytes((SERVER,), Kind.ANSWER, bytes(size))
 
 
@@ -75,18 +64,8 @@ def told(post: Post) -> str:
 
 def _exchange(post: Post, down_bytes: int, up_bytes: int) -> float:
     """Seconds until everybody has had so many bytes and has answered with so many."""
-    return _answered(post, lambda peers: post.send_bytes(peers, Kind.QUESTION, up_bytes.to_bytes(8, "little") + bytes(down_bytes)))
-
-
-def _exchange_coded(post: Post, num: int) -> float:
-    """Seconds until everybody has had so many coded chunks with next to nothing in them."""
-    coded = Encoding(EMPTY, {"nothing": torch.zeros(num * CHUNK)}, 0, Known())
-    return min(_answered(post, lambda peers: post.send_coded(peers, coded, -1)) for _ in range(2))
-
-
-def _answered(post: Post, send: Callable[[Collection[int]], None]) -> float:
     began = time.perf_counter()
-    send(post.transport.peers)
+    post.send_bytes(post.transport.peers, Kind.QUESTION, up_bytes.to_bytes(8, "little") + bytes(down_bytes))
     waiting = set(post.transport.peers)
     while waiting:
         message = post.receive(waiting, "measuring the links")

@@ -109,6 +109,5 @@ def _best(recipe: Recipe, num_values: int, costs: Mapping[str, Cost], down: Way,
     speed = ", ".join(
         f"{1e-6 / way.byte_s:.3g} MB/s {name}" if way.byte_s else f"no limit {name}" for name, way in (("down", down), ("up", up))
     )
-    speed += f", {1e3 * down.chunk_s:.3g} ms for a coded chunk" if down.chunk_s else ""
     taken = f"ms that {num_values} values take in a round over {of} ({speed}), within codec_budget {recipe.codec_budget:g}"
     return Chosen(chain, f"{taken}: {told}")

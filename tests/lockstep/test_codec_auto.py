@@ -1,7 +1,6 @@
 """--codec auto: the choice from figures, measured over links, kept by the run that made it, and equal to the chain it names."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,14 +21,6 @@ def test_the_least_exposed_time_wins_and_raw_where_coding_costs_more() -> None:
     assert best(4 << 20, COSTS, SLOW, SLOW)[0] == "int8"
     assert best(4 << 20, COSTS, FAST, FAST)[0] == RAW
     assert exposed(10, Cost(1.0, 2.0, 3.0), Way(5.0, 0.1, 2), Way(7.0, 0.1, 4)) == 10 * 3 + 5 + 6 + 10 * (1 + 8) + 7 + 12
-
-
-def test_what_waits_for_each_of_its_chunks_may_lose_to_raw() -> None:
-    """A gigabit far away: fewer bytes are no help where every coded chunk waits for an answer."""
-    way = Way(0.0, 8e-6 / 1000, 4, chunk_s=0.04)
-    costs = {RAW: COSTS[RAW], "int8": replace(COSTS["int8"], num_chunks=1 / choice.SAMPLE)}
-    assert best(4 << 20, costs, replace(way, chunk_s=0.0), way)[0] == "int8"
-    assert best(4 << 20, costs, way, way)[0] == RAW
 
 
 def test_what_is_hardly_better_than_raw_is_not_chosen() -> None:
