@@ -1,4 +1,4 @@
-"""Who carries bytes between the ranks of a federation: gloo links, MPI, or threads of one process.
+"""Who carries bytes between the ranks of a federation: TCP and lent memory, MPI, or threads of one process.
 
 The door chooses by the world; torch and MPI are imported behind it. It must never know what the bytes mean.
 """

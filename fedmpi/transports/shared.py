@@ -22,6 +22,7 @@ import torch
 
 from fedmpi.errors import PeerLost
 from fedmpi.tensors import lent, room
+from fedmpi.transports.sockets import LEFT, fill, shut
 
 LENT_BYTES = 64 << 10  # shorter pieces go through the socket: to lend takes two wake-ups
 PATIENCE_S = 10.0  # for what a client has sent before it is asked for
@@ -58,7 +59,7 @@ class SharedWire:
         try:
             for part in parts:
                 if len(part) < LENT_BYTES:
-                    self._fill(part)
+                    fill(self._in, part)
                 else:
                     self._borrow(part)
         except OSError as error:
@@ -66,9 +67,7 @@ class SharedWire:
 
     def close(self) -> None:
         """Wake everyone who waits on either socket, on both sides."""
-        for one in (self._out, self._in):
-            with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+        shut(self._out, self._in)
 
     def _lend(self, part: memoryview) -> None:
         """Have the other side copy from where the bytes lie, or from a copy of them, where they lie in memory of another kind."""
@@ -82,13 +81,13 @@ class SharedWire:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file]))]
         self._out.sendmsg([_PLACE.pack(start, len(part))], rights)
         if not self._out.recv(1):
-            raise ConnectionError("the other side has closed the link")
+            raise ConnectionError(LEFT)
 
     def _borrow(self, part: memoryview) -> None:
         said, files, *_ = socket.recv_fds(self._in, _PLACE.size, 1, socket.MSG_CMSG_CLOEXEC)
         try:
             if len(said) < _PLACE.size or not files:
-                raise ConnectionError("the other side has closed the link")
+                raise ConnectionError(LEFT)
             start, num = _PLACE.unpack(said)
             if num != len(part):
                 raise ConnectionError(f"the other side lends {num} bytes, expected {len(part)}")
@@ -101,12 +100,6 @@ class SharedWire:
                 os.close(file)
         with suppress(OSError):  # it has left; what it lent is here
             self._in.send(DONE)
-
-    def _fill(self, part: memoryview) -> None:
-        while part:
-            if not (got := self._in.recv_into(part)):
-                raise ConnectionError("the other side has closed the link")
-            part = part[got:]
 
 
 class Listener:

@@ -1,18 +1,16 @@
-"""Links over gloo: for each link a bare process group of two, so that a death or a timeout harms that link alone.
+"""Ranks that meet at the store of torch.distributed: links between them, and gloo's collectives of all of them.
 
-What gloo taught (torch 2.13, run):
-- A wait that times out closes the pair, for good and on both sides. So waits have next to no limit, the watchdog
-  decides who is silent, and a wire is closed by a receive that times out: abort() and shutdown() wake nobody.
-- A piece longer than the receive that meets it ends the receiving process inside C++. So both sides know every size.
 - A store client that blocks holds a lock. So the rendezvous polls, and after it nobody needs the store.
+- A wait for gloo that times out closes the pair, for good and on both sides, while abort() and shutdown() wake nobody. So the group
+  of the collectives is closed by a receive that times out.
 
 The default process group is left alone: it belongs to the clients. This module must never know messages or clients.
 """
 
+import json
 import os
 import re
 import socket
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
@@ -25,46 +23,15 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, ReduceOp, Store, TC
 
 from fedmpi.errors import LinkError, PeerLost, PeerSilent
 from fedmpi.messages import CHUNK_BYTES
-from fedmpi.transports import shared
+from fedmpi.transports import shared, sockets
 from fedmpi.transports.base import GRACE_S, Transport
 from fedmpi.transports.link import Wire
 from fedmpi.world import World
 
 FOREVER = timedelta(days=365)
 POLL_S = 0.01
-DATA, POISON = 0, 1  # tags; nothing is ever sent with the second
-warnings.filterwarnings("ignore", message="The given buffer is not writable")  # what is sent is read alone, and may be bytes
+POISON = 1  # a tag with which nothing is ever sent
 _CPP_PLACE = re.compile(r"\[\S*:\d+\] ")
-
-
-class GlooWire:
-    """A process group of two: the server is 0 in it, the client 1."""
-
-    def __init__(self, store: Store, is_server: bool, device: ProcessGroupGloo.Device, timeout_s: float) -> None:
-        gloo: Any = ProcessGroupGloo  # torch's stubs know little of it
-        options = gloo._Options()
-        options._devices, options._threads, options._timeout = [device], 1, timedelta(seconds=timeout_s)
-        self._group = gloo(store, 0 if is_server else 1, 2, options)
-        self._other = 1 if is_server else 0
-
-    def write(self, *parts: memoryview) -> None:
-        """Post all parts, then wait for them."""
-        try:
-            _wait([self._group.send([_tensor(part)], self._other, DATA) for part in parts])
-        except RuntimeError as error:
-            raise ConnectionError(_reason(error)) from None
-
-    def read(self, *parts: memoryview) -> None:
-        """Post all parts, then wait for them."""
-        try:
-            _wait([self._group.recv([_tensor(part)], self._other, DATA) for part in parts])
-        except RuntimeError as error:
-            raise ConnectionError(_reason(error)) from None
-
-    def close(self) -> None:
-        """Let a receive time out, which closes the pair and wakes everyone."""
-        with suppress(RuntimeError):
-            self._group.recv([torch.empty(1, dtype=torch.uint8)], self._other, POISON).wait(timedelta(milliseconds=1))
 
 
 class GlooTogether:
@@ -86,7 +53,7 @@ class GlooTogether:
         self._do(lambda: self._group.reduce(data, 0, ReduceOp.SUM))
 
     def close(self) -> None:
-        """As with a link: a receive that times out closes the pairs and wakes everyone."""
+        """Let a receive time out, which closes the pairs and wakes everyone."""
         with suppress(RuntimeError):
             self._group.recv([torch.empty(1, dtype=torch.uint8)], self._other, POISON).wait(timedelta(milliseconds=1))
 
@@ -95,15 +62,6 @@ class GlooTogether:
             begin().wait(FOREVER)
         except RuntimeError as error:
             raise ConnectionError(_reason(error)) from None
-
-
-def _wait(works: list[Work]) -> None:
-    for work in works:
-        work.wait(FOREVER)
-
-
-def _tensor(part: memoryview) -> torch.Tensor:
-    return torch.frombuffer(part, dtype=torch.uint8)
 
 
 def _reason(error: Exception) -> str:
@@ -127,20 +85,35 @@ class Rendezvous:
             raise kind(f"rank {world.rank} of {world.size} {does} at {world.store} ({_reason(error)})") from None
         self._tcp, self._store = tcp, PrefixStore(f"fedmpi/{world.restart}", tcp)
         self._host = host
-        self._listener = shared.Listener() if world.rank == 0 and world.local_size > 1 and not apart else None
+        self._near = shared.Listener() if world.rank == 0 and world.local_size > 1 and not apart else None
+        self._far: sockets.Listener | None = None
         if world.rank == 0:
-            self._store.set("listener", self._listener.name if self._listener is not None else "")
+            self._store.set("listener", self._near.name if self._near is not None else "")
+            self._listen()
+
+    def _listen(self) -> None:
+        """Say where the server can be called: where the store is, most often; else by its address on the way to it, or its name."""
+        own = self._address()
+        self._far = sockets.Listener(own if own.startswith("127.") and self.world.local_size == self.world.size else "")
+        said = {"port": self._far.port, "secret": self._far.secret, "hosts": [self._host, own, socket.gethostname()]}
+        self._store.set("server", json.dumps(said))
+
+    def _address(self) -> str:
+        """Of the interface that reaches the store."""
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((self._host, 9))  # sends nothing, only chooses its own address
+            return str(probe.getsockname()[0])
+        return ""
 
     @cached_property
     def _device(self) -> ProcessGroupGloo.Device:
         """The interface that reaches the store also reaches the peers; GLOO_SOCKET_IFNAME overrides, as in torch."""
-        if "GLOO_SOCKET_IFNAME" not in os.environ:
-            with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect((self._host, 9))  # sends nothing, only chooses its own address
-                address = probe.getsockname()[0]
-                if not address.startswith("127.") or self.world.local_size == self.world.size:
-                    return ProcessGroupGloo.create_device(hostname=address)
-        return ProcessGroupGloo.create_default_device()
+        address = self._address()
+        if "GLOO_SOCKET_IFNAME" in os.environ or not address:
+            return ProcessGroupGloo.create_default_device()
+        if address.startswith("127.") and self.world.local_size < self.world.size:
+            return ProcessGroupGloo.create_default_device()
+        return ProcessGroupGloo.create_device(hostname=address)
 
     def meet(self) -> None:
         """Wait until every rank has arrived. All ranks get the same verdict, which names who is missing."""
@@ -200,9 +173,12 @@ class Rendezvous:
             self._generations[client] = generation = self._agree(client)
             if (near := self._shared(client, generation)) is not None:
                 return near
-            store = PrefixStore(f"link/{client}/{generation}", self._store)
-            return GlooWire(store, self.world.rank == 0, self._device, self.timeout_s)
-        except RuntimeError as error:
+            if self._far is not None:
+                return self._far.link(client, generation, self.timeout_s)
+            server = json.loads(self._store.get("server"))
+            hosts = [host for host in server["hosts"] if host]
+            return sockets.call(hosts, server["port"], server["secret"], client, generation)
+        except (RuntimeError, ConnectionError) as error:
             raise PeerLost(f"rank {peer}: no link to it could be made: {_reason(error)}") from None
 
     def _shared(self, client: int, generation: int) -> Wire | None:
@@ -216,8 +192,8 @@ class Rendezvous:
             return wire
         if not self._until(lambda: self._store.check([said]), self.timeout_s):
             raise PeerLost(f"rank {client} did not come back to its link within {self.timeout_s:g} s")
-        assert self._listener is not None
-        return self._listener.link(client, generation) if self._store.get(said) else None
+        assert self._near is not None
+        return self._near.link(client, generation) if self._store.get(said) else None
 
     def gather_all(self, generation: int) -> GlooTogether:
         """A process group of all ranks, once all of them are here."""
@@ -267,5 +243,5 @@ def open(world: World, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES, apar
     )  # fmt: skip
 
 
-def _nobody(peer: int) -> GlooWire:
+def _nobody(peer: int) -> Wire:
     raise LinkError(f"there is no rank {peer} in a world of one")

@@ -36,21 +36,21 @@ def test_everybody_leaves_in_good_order(transport: str) -> None:
     assert [len(gentle(transport).get(rank, [])) for rank in range(4)] == [len(GENTLE_NAMES)] * 4
 
 
-@pytest.mark.parametrize("transport", ["in_process", "gloo", "shared"])
+@pytest.mark.parametrize("transport", ["in_process", "tcp", "shared"])
 def test_a_peer_that_dies_is_named_at_once(transport: str) -> None:
     reports = LAUNCHERS[transport](["dies"], 3, 60.0)
     assert "rank 2 is gone" in outcome(reports, 0, "dies")
     assert outcome(reports, 1, "dies") == "ok"
 
 
-@pytest.mark.parametrize("transport", ["in_process", "gloo", "shared"])
+@pytest.mark.parametrize("transport", ["in_process", "tcp", "shared"])
 def test_a_peer_that_dies_inside_a_message_in_chunks_is_named_at_once(transport: str) -> None:
     reports = LAUNCHERS[transport](["breaks_off"], 3, 60.0)
     assert "rank 2 is gone after" in outcome(reports, 0, "breaks_off")
     assert outcome(reports, 1, "breaks_off") == "ok"
 
 
-@pytest.mark.parametrize("transport", ["in_process", "gloo"])
+@pytest.mark.parametrize("transport", ["in_process", "tcp"])
 def test_a_peer_that_dies_before_a_collective_is_named_and_nobody_hangs(transport: str) -> None:
     reports = LAUNCHERS[transport](["dies_together"], 4, 60.0)
     assert "rank 2 is gone" in outcome(reports, 0, "dies_together")
@@ -84,7 +84,7 @@ def test_a_restarted_process_comes_back_on_a_new_generation(apart: bool) -> None
     assert [outcome(reports, rank, "welcome_back") for rank in (0, 1, 2)] == ["ok"] * 3
 
 
-def test_over_gloo_a_rank_that_never_arrives_is_named_everywhere() -> None:
+def test_over_tcp_a_rank_that_never_arrives_is_named_everywhere() -> None:
     ranks = Spawned(2.0, 3)
     ranks.start([], 0)
     ranks.start([], 1)
@@ -92,7 +92,7 @@ def test_over_gloo_a_rank_that_never_arrives_is_named_everywhere() -> None:
         assert "rank 2 of 3 did not arrive within 2 s; arrived: 0, 1" in outcome({rank: report}, rank, "open")
 
 
-def test_over_gloo_a_missing_server_is_named() -> None:
+def test_over_tcp_a_missing_server_is_named() -> None:
     ranks = Spawned(2.0, 2)
     ranks.start([], 1)
     assert "found no store of rank 0 within 2 s" in outcome(ranks.reports(), 1, "open")

@@ -83,8 +83,8 @@ class Spawned:
         return got
 
 
-def over_gloo(names: list[str], size: int, timeout_s: float) -> dict[int, Report]:
-    """All ranks of a world over gloo, as if each were on a machine of its own."""
+def over_tcp(names: list[str], size: int, timeout_s: float) -> dict[int, Report]:
+    """All ranks of a world over TCP, as if each were on a machine of its own."""
     return over_torch(names, size, timeout_s, apart=True)
 
 
@@ -106,4 +106,4 @@ def over_mpi(names: list[str], size: int, timeout_s: float) -> dict[int, Report]
         return {int(path.name): ast.literal_eval(path.read_text()) for path in Path(folder).iterdir()}
 
 
-LAUNCHERS = {"in_process": in_threads, "gloo": over_gloo, "shared": over_torch, "mpi": over_mpi}
+LAUNCHERS = {"in_process": in_threads, "tcp": over_tcp, "shared": over_torch, "mpi": over_mpi}
