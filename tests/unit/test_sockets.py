@@ -36,7 +36,7 @@ def test_parts_of_all_sizes_arrive_in_order_however_they_are_cut(pair: tuple[Soc
 
 @pytest.mark.parametrize("closes", [0, 1], ids=["this side", "the other side"])
 def test_who_is_in_the_middle_of_a_piece_wakes_up_when_a_side_closes(pair: tuple[SocketWire, SocketWire], closes: int) -> None:
-    """Both a sender whose bytes nobody takes and a receiver of whose piece half has come; the receiver closes this side, as links do."""
+    """Both a sender whose bytes nobody takes and a receiver of whose piece half has come, who then closes this side as links do."""
     ours, theirs = pair
     theirs.write(memoryview(bytes(10)))
     failed: list[str] = []
