@@ -167,7 +167,8 @@ class Jobs:
             beside = Path(sys.executable).with_name("mpirun")
             start, environment = [str(beside) if beside.exists() else "mpirun", "-n", str(NUM_RANKS)], kept | more | MPI_ENVIRONMENT
         else:
-            start = ["srun", f"--nodes={NUM_RANKS}", f"--ntasks={NUM_RANKS}", "--kill-on-bad-exit=0", "--time=9"]
+            beyond = f"--time={2 + int(self.limit_s // 60)}"  # a job that hangs is ended by us, not by Slurm as if it had failed
+            start = ["srun", f"--nodes={NUM_RANKS}", f"--ntasks={NUM_RANKS}", "--kill-on-bad-exit=0", beyond]
             environment = kept | self.slurm().environ | more
         command = [*start, sys.executable, "-S", "-I", warm.__file__, str(self.server()), str(folder)]
         with (folder / "output.txt").open("a") as output:
