@@ -34,7 +34,8 @@ def room(num: int, dtype: torch.dtype, to_lend: bool = False) -> torch.Tensor:
         return torch.empty(num, dtype=dtype)
     with _lock:
         idle = [one for one in _rooms if one.num_holders() == _IDLE]
-        found = next((one for one in idle if size <= len(one.memory) <= 2 * size and (one.file >= 0) == to_lend), None)
+        fitting = [one for one in idle if size <= len(one.memory) <= 2 * size and (one.file >= 0) == to_lend]
+        found = min(fitting, key=lambda one: len(one.memory), default=None)
         if found is None:
             for one in idle:
                 if now - one.used > KEPT_S:

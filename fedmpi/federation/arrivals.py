@@ -23,8 +23,9 @@ from fedmpi.aggregation.check import Check, Look, whole
 from fedmpi.aggregation.mean import Piece, Void
 from fedmpi.codecs import Chains
 from fedmpi.errors import ProtocolError, TrainingError
-from fedmpi.federation.coding import Decoding, Known
+from fedmpi.federation.coding import Decoding
 from fedmpi.federation.conductor import Conductor
+from fedmpi.federation.known import Known
 from fedmpi.federation.post import decoded
 from fedmpi.federation.roll import Roll
 from fedmpi.federation.updates import Failure, Outcome, Update

@@ -16,46 +16,26 @@ import struct
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
-import xxhash
 
 from fedmpi.codecs import Chain, Chains
 from fedmpi.codecs.coder import Coder
 from fedmpi.errors import ProtocolError, TrainingError
+from fedmpi.federation.known import Known, Parked, parked
 from fedmpi.manifest import Manifest, Packed, manifest_of, unpack
 from fedmpi.messages import chunks
 from fedmpi.round import Round, Verdict
 from fedmpi.seeding import seed_for
-from fedmpi.tensors import Tensors, part, room
+from fedmpi.tensors import Tensors, part, prefixed, room
 
 CHUNK = 1 << 18
 CHUNK_BYTES = 4 * CHUNK
 NUM_KEPT = 32  # coded chunks that wait for slower receivers; one that is slower still has them coded again, to the same bytes
 OWNED = "codec/"  # before the names of a client's residuals, in the state that it owns
 _LENGTH = struct.Struct("<I")
-
-
-@dataclass(frozen=True)
-class Known:
-    """A state that both sides hold, for chains that say delta."""
-
-    tensors: Tensors = field(default_factory=dict)
-
-    @cached_property
-    def fingerprint(self) -> int:
-        """64 bits that differ when names, shapes or any value do."""
-        manifest = manifest_of(self.tensors)
-        return xxhash.xxh3_64_intdigest(Packed(self.tensors, manifest)[:], seed=manifest.hash)
-
-    def over(self, manifest: Manifest) -> Packed:
-        """The values that are known of a manifest's tensors; zero where none are, or of another shape."""
-        found = {}
-        for spec, _ in manifest.places:
-            there = self.tensors.get(spec.name)
-            found[spec.name] = there if there is not None and tuple(there.shape) == spec.shape else torch.zeros(spec.shape)
-        return Packed(found, manifest)
+State = Known | Parked
+NOTHING = Known()
 
 
 @dataclass(frozen=True)
@@ -109,7 +89,7 @@ class Encoding:
     """One message, as a payload: a chunk is encoded when somebody first comes to it. Several threads may send it at once."""
 
     def __init__(
-        self, chains: Chains, tensors: Tensors, seed: int, before: Known, lost: Tensors | None = None, told: bool = False
+        self, chains: Chains, tensors: Tensors, seed: int, before: State, lost: State = NOTHING, told: bool = False
     ) -> None:
         """Against `before` where a chain says delta, with what was `lost` where it says ef; `told` keeps what will be decoded."""
         self.manifest = manifest_of(tensors)
@@ -118,7 +98,7 @@ class Encoding:
         self.num_bytes = 0  # of what has been encoded
         self._seed, self._values = seed, Packed(tensors, self.manifest)
         self._origin = before.over(self.manifest) if chains.delta else None
-        self._lost = Known(lost or {}).over(self.manifest) if chains.feedback else None
+        self._lost = lost.over(self.manifest) if chains.feedback else None
         self._residual = room(self.manifest.num_bytes // 4, torch.float32) if chains.feedback else None
         self._decoded = room(self.manifest.num_bytes // 4, torch.float32) if told else None
         self._places = list(chunks(self.manifest.num_bytes, CHUNK_BYTES))
@@ -198,7 +178,7 @@ class Encoding:
 class Decoding:
     """What the chunks of one message say, given the state that it follows."""
 
-    def __init__(self, chains: Chains, manifest: Manifest, before: Known, against: int) -> None:
+    def __init__(self, chains: Chains, manifest: Manifest, before: State, against: int) -> None:
         if chains.delta and against != before.fingerprint:
             raise ProtocolError(
                 f"a difference from the state {against:016x} cannot be used: {before.fingerprint:016x} is held here"
@@ -212,7 +192,7 @@ class Decoding:
         return _undone(self._code, place, self._code.decode(place, data), self._origin)
 
 
-def _undone(code: Code, place: slice, values: torch.Tensor, origin: Packed | None) -> torch.Tensor:
+def _undone(code: Code, place: slice, values: torch.Tensor, origin: Packed | Parked | None) -> torch.Tensor:
     if origin is not None:
         for chain, run in code.runs(place):
             if chain.delta:
@@ -220,7 +200,7 @@ def _undone(code: Code, place: slice, values: torch.Tensor, origin: Packed | Non
     return values
 
 
-def _chunk(packed: Packed, place: slice) -> torch.Tensor:
+def _chunk(packed: Packed | Parked, place: slice) -> torch.Tensor:
     return packed.buffer(place.start, place.stop).view(torch.float32)
 
 
@@ -229,14 +209,15 @@ class Downlink:
     """The server's side of broadcasts: codes each once, and knows what it goes on from and who can read it."""
 
     chains: Chains
-    before: Known = field(default_factory=Known)  # the last broadcast that counted, where a chain says delta
-    lost: Tensors = field(default_factory=dict)
+    before: State = NOTHING  # the last broadcast that counted, where a chain says delta
+    lost: State = NOTHING  # and what it could not say
     _made: Encoding | None = None
     _round: int = -1
     _holds: dict[int, int] = field(default_factory=dict)  # by holder: which broadcast it had last
 
     def encode(self, tensors: Tensors, rnd: Round) -> Encoding:
-        """The round's broadcast, ready to be sent."""
+        """The round's broadcast, ready to be sent. What it goes on from is needed once more only if the round does not count."""
+        self.before, self.lost = parked(self.before, self.before.fingerprint if self.chains.delta else 0), parked(self.lost)
         self._made = Encoding(self.chains, tensors, seed_for(rnd.seed, "broadcast"), self.before, self.lost, told=True)
         self._round = rnd.index
         return self._made
@@ -265,11 +246,11 @@ class Downlink:
         """What a run needs to go on after this round."""
         now = self._made is not None and round_index == self._round
         before, lost = self._after(self._made) if now and self._made is not None else (self.before, self.lost)
-        return {f"before/{name}": t for name, t in before.tensors.items()} | {f"lost/{name}": t for name, t in lost.items()}
+        return prefixed("before/", before.tensors) | prefixed("lost/", lost.tensors)
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take up what `saved` gave."""
-        self.before, self.lost = Known(part(tensors, "before/")), part(tensors, "lost/")
+        self.before, self.lost = Known(part(tensors, "before/")), Known(part(tensors, "lost/"))
 
-    def _after(self, made: Encoding) -> tuple[Known, Tensors]:
-        return Known(made.tensors if self.chains.delta else {}), made.lost
+    def _after(self, made: Encoding) -> tuple[Known, Known]:
+        return Known(made.tensors if self.chains.delta else {}), Known(made.lost)

@@ -15,10 +15,11 @@ from fedmpi.codecs import Chains
 from fedmpi.errors import ProtocolError
 from fedmpi.federation import scores
 from fedmpi.federation.arrivals import Arrivals, Tally
-from fedmpi.federation.coding import Downlink, Known
+from fedmpi.federation.coding import Downlink
 from fedmpi.federation.conductor import Conductor
 from fedmpi.federation.ground import Ground, Levelling
 from fedmpi.federation.joint import Added, Joint
+from fedmpi.federation.known import Known
 from fedmpi.federation.meeting import About, Meeting
 from fedmpi.federation.moved import Moved
 from fedmpi.federation.outbox import Outbox
@@ -93,7 +94,7 @@ class Federation:
         rnd = self._now
         if rnd is None:
             raise RuntimeError("no round has begun: call this inside `for rnd in fed.rounds()`")
-        began = time.monotonic()
+        began, self._sent = time.monotonic(), {}
         if self._joint is not None:
             sent = self._joint.receive(rnd) if tensors is None else self._joint.spread(rnd, tensors)
         elif tensors is not None:

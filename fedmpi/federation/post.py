@@ -13,7 +13,8 @@ import torch
 
 from fedmpi.codecs import Chains
 from fedmpi.errors import ProtocolError
-from fedmpi.federation.coding import CHUNK_BYTES, Decoding, Encoding, Known
+from fedmpi.federation.coding import CHUNK_BYTES, Decoding, Encoding
+from fedmpi.federation.known import Known
 from fedmpi.manifest import Manifest, Packed, manifest_of, unpack
 from fedmpi.messages import STREAM, Header, Kind, Payload
 from fedmpi.tensors import Tensors, room

@@ -15,7 +15,8 @@ from fedmpi import watch
 from fedmpi.codecs import Chains
 from fedmpi.command import FAILED
 from fedmpi.errors import Aborted, FedmpiError, LinkError
-from fedmpi.federation.coding import OWNED, Encoding, Known
+from fedmpi.federation.coding import OWNED, Encoding
+from fedmpi.federation.known import Known
 from fedmpi.federation.meeting import Meeting
 from fedmpi.federation.owned import Owned
 from fedmpi.federation.post import Post
@@ -108,7 +109,7 @@ class Turns:
         if sent is not self._known.tensors:
             self._known = Known(sent)
         seed, alone = seed_for(rnd.seed, "update", update.client), self.meeting.post is None
-        coded = Encoding(self.up, update.tensors, seed, self._known, lost, told=alone)
+        coded = Encoding(self.up, update.tensors, seed, self._known, Known(lost), told=alone)
         owned = {**(update.owned or {}), **prefixed(OWNED, lost)} or None  # of tensors that are not in this update
         return replace(update, coded=coded, owned=owned)
 

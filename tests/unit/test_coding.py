@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from fedmpi.aggregation import scratch
 from fedmpi.codecs import Chain, Chains, chains
 from fedmpi.codecs.coder import Coder
 from fedmpi.errors import ConfigError, NonFinite, ProtocolError, TrainingError
 from fedmpi.federation import coding
-from fedmpi.federation.coding import CHUNK, CHUNK_BYTES, Code, Decoding, Downlink, Encoding, Known
+from fedmpi.federation.coding import CHUNK, CHUNK_BYTES, Code, Decoding, Downlink, Encoding
+from fedmpi.federation.known import Known
 from fedmpi.federation.post import Post
 from fedmpi.messages import Kind, chunks
 from fedmpi.round import Round, Verdict
@@ -26,7 +28,7 @@ def some(seed: int, num: int = 700) -> Tensors:
     return {name: torch.randn(num, 3, generator=generator) for name in ("b", "a")}
 
 
-def encoded(text: str, tensors: Tensors, seed: int = 0, before: Known = NOTHING, lost: Tensors | None = None) -> Encoding:
+def encoded(text: str, tensors: Tensors, seed: int = 0, before: Known = NOTHING, lost: Known = NOTHING) -> Encoding:
     return Encoding(chains(text), tensors, seed, before, lost, told=True).finished()
 
 
@@ -48,7 +50,7 @@ def test_both_sides_have_the_same_bits(text: str) -> None:
     more = {"own/c": torch.randn(CHUNK // 2 + 77, generator=torch.Generator().manual_seed(9))}
     before = Known({**some(1, CHUNK // 4), **more})
     now = {name: tensor + 0.01 for name, tensor in before.tensors.items()}
-    coded = encoded(text, now, 7, before, some(3, CHUNK // 4))
+    coded = encoded(text, now, 7, before, Known(some(3, CHUNK // 4)))
     assert torch.equal(said(coded, text, before), flat(coded)) and coded.num_bytes < num_bytes(now)
     places = list(chunks(len(coded), CHUNK_BYTES))
     assert len(places) == 3 and [name for name, _ in coded.manifest.spans] == ["adapter", "own"]
@@ -74,7 +76,7 @@ def test_what_is_lost_is_sent_later() -> None:
     lost: Tensors = {}
     for seed in range(40):
         now = {"a": torch.full((700, 3), 0.01) + 0.05 * torch.randn(700, 3, generator=torch.Generator().manual_seed(seed))}
-        coded = encoded("topk:0.05,int4,ef", now, 0, NOTHING, lost)
+        coded = encoded("topk:0.05,int4,ef", now, 0, NOTHING, Known(lost))
         told_without += encoded("topk:0.05,int4", now).tensors["a"]
         lost = coded.lost
         meant, told = meant + now["a"], told + coded.tensors["a"]
@@ -154,6 +156,26 @@ def test_who_missed_a_broadcast_gets_the_values_as_they_are() -> None:
     assert again.against == Known(second.tensors).fingerprint and able == set()  # they hold what did not count
 
 
+@pytest.mark.parametrize("scratch_bytes", [0, 1 << 20])
+def test_a_broadcast_that_did_not_count_is_made_again(scratch_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same bytes: what it goes on from was parked, in memory or in a file. A run that resumes has it too."""
+    monkeypatch.setattr(scratch, "IN_MEMORY_BYTES", scratch_bytes)
+    link, other = (Downlink(chains("delta,int4,ef")) for _ in range(2))
+
+    def made(of: Downlink, index: int) -> tuple[list[bytes], Tensors]:
+        coded = of.encode(some(index, 3 * CHUNK // 2), Round(index, 0, (0,), index, 1, 3)).finished()
+        return [bytes(coded[place]) for place in chunks(len(coded), CHUNK_BYTES)], coded.tensors
+
+    made(link, 0)
+    link.settle(Round(1, 0, (0,), 1, 1, 3, verdict=Verdict.COUNTED))
+    first, saved = made(link, 1), link.saved(0)
+    link.settle(Round(1, 1, (0,), 1, 1, 3, verdict=Verdict.REPEAT))
+    again = made(link, 1)
+    other.restore(saved)
+    for found, tensors in (again, made(other, 1)):
+        assert found == first[0] and all(torch.equal(tensors[name], first[1][name]) for name in tensors)
+
+
 @pytest.mark.parametrize(("text", "num_clients"), [("int8", 1), ("delta,int4,ef,zstd", 3)])
 def test_chunks_flow(monkeypatch: pytest.MonkeyPatch, text: str, num_clients: int) -> None:
     """The first chunk is decoded before the last is encoded, each is encoded once for all, and few are there at a time."""
@@ -180,7 +202,7 @@ def test_chunks_flow(monkeypatch: pytest.MonkeyPatch, text: str, num_clients: in
             message = post.expect(0, Kind.CODED, 0, "test")
             found[rank] = post.decode(message, chains(text), before, "test")
 
-    coded = Encoding(chains(text), tensors, 0, before, {}, told=True)
+    coded = Encoding(chains(text), tensors, 0, before, told=True)
     threads = [threading.Thread(target=receive, args=(rank,)) for rank in range(num_clients)]
     for thread in threads:
         thread.start()

@@ -1,0 +1,79 @@
+"""States that coded messages refer to: in memory while somebody works with them, in scratch space while they only have to last.
+
+A server holds several adapters anyway while it adds updates up. The state that it would return to, should the round not count, need
+not be one more: it is read chunk by chunk. This module must never know links, chains, or what the tensors are.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from weakref import finalize
+
+import torch
+import xxhash
+
+from fedmpi.aggregation.scratch import Scratch
+from fedmpi.manifest import Manifest, Packed, manifest_of, unpack
+from fedmpi.messages import chunks
+from fedmpi.tensors import Tensors
+
+PIECE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Known:
+    """A state in memory."""
+
+    tensors: Tensors = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """64 bits that differ when names, shapes or any value do."""
+        manifest = manifest_of(self.tensors)
+        return xxhash.xxh3_64_intdigest(Packed(self.tensors, manifest)[:], seed=manifest.hash)
+
+    def over(self, manifest: Manifest) -> "Packed | None":
+        """The values that are known of a manifest's tensors; zero where none are, or of another shape; None where nothing is."""
+        if not self.tensors:
+            return None
+        found = {}
+        for spec, _ in manifest.places:
+            there = self.tensors.get(spec.name)
+            found[spec.name] = there if there is not None and tuple(there.shape) == spec.shape else torch.zeros(spec.shape)
+        return Packed(found, manifest)
+
+
+class Parked:
+    """A state in scratch space."""
+
+    def __init__(self, known: Known, fingerprint: int) -> None:
+        self.fingerprint, self._manifest = fingerprint, manifest_of(known.tensors)
+        self._scratch = Scratch(None)
+        finalize(self, self._scratch.close)
+        packed = Packed(known.tensors, self._manifest)
+        for place in self._places():
+            self._scratch.write(place.start, packed[place])
+
+    @property
+    def tensors(self) -> Tensors:
+        """All of it, in memory."""
+        whole = torch.empty(self._manifest.num_bytes, dtype=torch.uint8)
+        for place in self._places():
+            whole[place] = self.buffer(place.start, place.stop)
+        return unpack(whole, self._manifest)
+
+    def over(self, manifest: Manifest) -> "Packed | Parked | None":
+        """As of a state in memory."""
+        return self if manifest.hash == self._manifest.hash else Known(self.tensors).over(manifest)
+
+    def buffer(self, start: int, stop: int) -> torch.Tensor:
+        """The bytes of a slice, as a tensor."""
+        return torch.frombuffer(self._scratch.read(start, stop - start), dtype=torch.uint8)
+
+    def _places(self) -> Iterator[slice]:
+        return chunks(self._manifest.num_bytes, PIECE_BYTES)
+
+
+def parked(state: Known | Parked, fingerprint: int = 0) -> Known | Parked:
+    """The same out of memory, unless there is nothing of it."""
+    return Parked(state, fingerprint) if isinstance(state, Known) and state.tensors else state
