@@ -22,6 +22,7 @@ from fedmpi.transports.outgoing import Outgoing, Traffic, is_small
 from fedmpi.transports.together import Body, Together
 
 GRACE_S = 3.0  # how long the others are given to take note of an abort
+LOOK_S = 0.02  # between two looks at who is silent, at least
 
 
 class Transport:
@@ -309,7 +310,7 @@ class Transport:
     def _watch(self) -> None:
         """Find the links that gave no sign of life for too long."""
         before = monotonic()
-        while not self._over.wait(self._period_s):
+        while not self._over.wait(self._until_late()):
             now = monotonic()
             if now - before > self.timeout_s / 2:  # it is we who were stopped: give the others time to be heard
                 for link in self._links.values():
@@ -318,8 +319,13 @@ class Transport:
             for link in list(self._links.values()):
                 self._watch_one(link, now)
 
+    def _until_late(self) -> float:
+        """Seconds until the first link may have been silent for too long, so that nobody gets more time than was said."""
+        first = min((link.heard for link in self._links.values() if link.may_be_late), default=monotonic())
+        return min(self._period_s, max(LOOK_S, first + self.timeout_s - monotonic()))
+
     def _watch_one(self, link: Link, now: float) -> None:
-        if link.listening and not link.closed and not link.ended and now - link.heard > self.timeout_s:
+        if link.may_be_late and now - link.heard > self.timeout_s:
             after = f" after {link.coming}" if link.coming else ""
             what = f"rank {link.peer} gave no sign of life for {self.timeout_s:g} s{after}"
             self.lost(link, PeerSilent(f"{what}; it hangs, is stopped or cut off (--timeout_s sets how long to wait)"))

@@ -75,6 +75,11 @@ class Link:
         self._receiver = threading.Thread(target=self._receive, name=f"receive-{peer}", daemon=True)
         self._pulse = threading.Thread(target=self._beat, name=f"pulse-{peer}", daemon=True)
 
+    @property
+    def may_be_late(self) -> bool:
+        """Whether silence would be the peer's fault."""
+        return self.listening and not self.closed and not self.ended
+
     def start(self) -> None:
         """Begin to listen and to beat; apart from the constructor, so that the hub knows the link first."""
         self._receiver.start()
