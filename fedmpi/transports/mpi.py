@@ -1,8 +1,7 @@
 """Links over MPI: pieces of bytes on a duplicate of COMM_WORLD, with a tag per generation of a link.
 
 What MPI taught (Open MPI 5 and MPICH, run):
-- A blocking Recv burns a core. So one thread asks after all operations, and sleeps longer the longer nothing comes.
-- It makes each call under one lock, so MPI.THREAD_SERIALIZED is enough.
+- A blocking Recv burns a core. So one thread asks after all operations (see `progress`).
 - Leaving with an exception hangs in MPI_Finalize while a peer is stuck. So the last thing such a rank does is Abort.
 
 This is the only module that imports mpi4py. It must never know messages or clients.
@@ -10,9 +9,9 @@ This is the only module that imports mpi4py. It must never know messages or clie
 
 import atexit
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from time import monotonic, sleep
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -22,95 +21,17 @@ from fedmpi.messages import CHUNK_BYTES
 from fedmpi.transports import shared
 from fedmpi.transports.base import GRACE_S, Transport
 from fedmpi.transports.link import Wire
+from fedmpi.transports.progress import MAX_PAUSE_S, Operation, Progress, nothing
 from fedmpi.world import World
 
 if TYPE_CHECKING:
     import torch
 
-MIN_PAUSE_S, MAX_PAUSE_S = 20e-6, 2e-3
-PATIENCE = 0.1  # a pause is this share of the time that nothing has come
 ARRIVAL, VERDICT = 1, 2  # tags on COMM_WORLD
 NEAR = 1  # a tag on its duplicate, where links have their own from 2 on
 MAX_VERDICT_BYTES = 1024
 MAX_NAME_BYTES = 64
 EXIT_CODE = 1
-
-
-@dataclass(eq=False)
-class Operation:
-    """Requests that somebody waits for: `then` is called once, when all are done or given up."""
-
-    requests: Sequence[Any]
-    receives: bool
-    then: Callable[[], None]
-    error: str = ""
-
-
-class Progress:
-    """The one thread that asks MPI how the pending operations stand."""
-
-    def __init__(self, mpi: ModuleType) -> None:
-        self.lock = threading.Lock()  # around every call of MPI
-        self._mpi = mpi
-        self._pending: list[Operation] = []
-        self._posted = threading.Event()
-        self._over = False
-        self._thread = threading.Thread(target=self._run, name="mpi-progress", daemon=True)
-        self._thread.start()
-
-    def start(self, post: Callable[[], Sequence[Any]], receives: bool, then: Callable[[], None]) -> Operation:
-        """Post requests and watch over them."""
-        with self.lock:
-            operation = Operation(post(), receives, then)
-            self._pending.append(operation)
-        self._posted.set()
-        return operation
-
-    def cancel(self, operations: Iterable[Operation], error: str) -> None:
-        """Give operations up. The requests stay with us, for they keep the memory that MPI may still touch."""
-        with self.lock:
-            given_up = [one for one in operations if one in self._pending and not one.error]
-            for operation in given_up:
-                operation.error = error
-                if operation.receives:  # a send cannot be cancelled; it is just not waited for
-                    for request in operation.requests:
-                        request.Cancel()
-        for operation in given_up:
-            then, operation.then = operation.then, _nothing
-            then()
-
-    def stop(self) -> None:
-        """End the thread: nobody may call MPI after MPI_Finalize."""
-        self._over = True
-        self._posted.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        last = monotonic()
-        while True:
-            posted = self._posted.is_set()
-            self._posted.clear()  # before looking at what it announces, or a stop in between would be slept through
-            if self._over:
-                return
-            with self.lock:
-                finished = [operation for operation in self._pending if self._test(operation)]
-                self._pending = [operation for operation in self._pending if operation not in finished]
-            for operation in finished:
-                operation.then()
-            now = monotonic()
-            last = now if finished or posted else last
-            self._posted.wait(min(MAX_PAUSE_S, max(MIN_PAUSE_S, PATIENCE * (now - last))) if self._pending else None)
-
-    def _test(self, operation: Operation) -> bool:
-        try:
-            return bool(self._mpi.Request.Testall(operation.requests))
-        except self._mpi.Exception as error:
-            operation.error = operation.error or str(error)
-            return True
-
-
-def _nothing() -> None:
-    """What follows on an operation that was given up before."""
 
 
 class MpiWire:
@@ -124,11 +45,8 @@ class MpiWire:
         self._closed = ""
         self._operations: set[Operation] = set()
         space = bytearray(1)
-        self._cut = progress.start(
-            lambda: [comm.Irecv([space, mpi.BYTE], peer, self._cut_tag)],
-            True,
-            lambda: self._break("it closed the link"),
-        )
+        cut = partial(comm.Irecv, [space, mpi.BYTE], peer, self._cut_tag)
+        self._operations.add(progress.start(lambda: [cut()], True, lambda: self._break("it closed the link")))
 
     def write(self, *parts: memoryview) -> None:
         """Post all parts, then wait for them."""
@@ -143,7 +61,7 @@ class MpiWire:
         if not self._closed:
             post = [self._comm.Isend, [b"", self._byte], self._peer, self._cut_tag]
             with suppress(self._failed):  # nobody is there to be told
-                self._progress.start(lambda: [post[0](*post[1:])], False, _nothing)
+                self._progress.start(lambda: [post[0](*post[1:])], False, nothing)
         self._break("this side closed the link")
 
     def _do(self, post: Callable[[], Sequence[Any]], receives: bool) -> None:
@@ -165,7 +83,7 @@ class MpiWire:
     def _break(self, reason: str) -> None:
         with self._state:
             self._closed = self._closed or reason
-            operations = {*self._operations, self._cut}
+            operations = set(self._operations)
         self._progress.cancel(operations, self._closed)
 
 
