@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--server 2,8,32] [--mib 64] [--codec delta,int4,ef,zstd] [--hosted 1,10,100] [--rounds 3]
 
 Each case is a process of its own, so that no case inherits another's high-water mark. The server's clients are threads of a
-second process, each with a gloo link of its own: the server cannot tell. Simulated clients train a tiny model for a step; with
+second process, each with a link of its own: the server cannot tell. Simulated clients train a tiny model for a step; with
 train.optimizer_state keep each of them holds two values per adapter parameter. Prints one JSON line: peaks in MB, and the
 slope per client between the smallest and the largest case.
 """

@@ -133,7 +133,7 @@ def ask_all(target: Target, given: argparse.Namespace, device: str, transport: "
         return FINISHED
     found = result.finished(given.again)
     if found is None:
-        chunk = 1 if options.judge_url else given.batch_size * CHUNK  # ratings may cost money: none is asked for twice
+        chunk = 1 if options.judge_url else given.batch_size * CHUNK  # ratings may cost money: as few as can be are asked for twice
         found = result.make(speaker(), chunk, post)
     else:
         list(shards.handed_out(post, [], lambda chunk: {}))

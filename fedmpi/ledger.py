@@ -15,6 +15,11 @@ class Ledger:
     totals: Counter[str] = field(default_factory=Counter)
     _told: int = 0  # of all bytes on the links, those that stand in a round
 
+    def supplied(self, num_bytes: int) -> None:
+        """What was handed out to clients that cannot read a model for themselves stands in no round."""
+        self.totals["supply_bytes"] += num_bytes
+        self._told += num_bytes
+
     def close_round(self, links: int = 0) -> dict[str, int]:
         """The round's figures, given all bytes that have been on the links so far; then the columns start anew."""
         carried = self.up.total() + self.down.total() + self.asked_bytes + self.late_bytes

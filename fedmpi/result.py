@@ -107,7 +107,7 @@ class Result:
         lines = list(read_lines(self.part))
         if lines:
             self._same(lines[0]["settings"], self.part)
-        told = {line["first"]: line for line in lines[1:]}
+        told = {line["first"]: line for line in lines[1:] if "first" in line}  # others are of an older version
         known = {first: line for first, line in told.items() if len(chunks.get(first, ())) == len(line["records"])}
         if len(known) < len(told):
             print(f"fedmpi: {self.part}: what was asked in batches of another size is asked again", flush=True)

@@ -80,7 +80,7 @@ class Judge:
             if lasting or attempt == TRIES - 1:
                 break
             time.sleep(2.0**attempt)
-        raise DataError(f"the judge at {self.url} gave no reply ({why}): mend it and start again; ratings so far are kept")
+        raise DataError(f"the judge at {self.url} gave no reply ({why}): mend it and start again; the questions before it are kept")
 
 
 def scores_of(reply: str) -> tuple[float, float] | None:

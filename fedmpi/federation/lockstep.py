@@ -239,9 +239,9 @@ class Federation:
         assert self.post is not None and self.roll is not None
         said = self.post.json(self.post.expected(greeting, Kind.HELLO, -1))
         if "examples" not in said and self.supplied is not None:
-            num_bytes = self.supplied(peer, said)
-            self.ledger.totals["supply_bytes"] += num_bytes
-            self.roll.note(event="supply", rank=peer, supply_bytes=num_bytes)
+            given = self.supplied(peer, said)
+            self.ledger.supplied(given)
+            self.roll.note(event="supply", rank=peer, supply_bytes=given)
             return False
         self._meeting.readmit(peer, said, self._standing, self.post)
         self.downlink.forget(peer)

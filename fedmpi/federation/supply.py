@@ -48,7 +48,10 @@ def same(peer: int, greeting: Mapping[str, Any], experiment: str) -> None:
 
 
 def give(post: Post, peers: Collection[int], supply: Supply, holders: Collection[int]) -> int:
-    """Send it to these ranks, the tensors to those of them that hold clients; gives the bytes of tensors and files."""
+    """Send it to these ranks, the tensors to those of them that hold clients; gives the bytes of tensors and files.
+
+    Ends with the first of them that is lost, also where the run goes on without ranks.
+    """
     for peer in peers:
         post.send_json(peer, Kind.WELCOME, {"facts": supply.facts, "holds": peer in holders})
     files = {name: torch.frombuffer(bytearray(content), dtype=torch.uint8) for name, content in supply.files.items() if content}
@@ -56,6 +59,9 @@ def give(post: Post, peers: Collection[int], supply: Supply, holders: Collection
     sent = num_bytes(files) * len(peers)
     for name, tensor in supply.tensors if holders else ():
         post.send_tensors(sorted(holders), Kind.SUPPLY, {name: tensor.contiguous()}, -1)
+        for peer in holders:
+            if (lost := post.transport.failures.get(peer)) is not None:
+                raise lost
         sent += num_bytes({name: tensor}) * len(holders)
     post.send_tensors(sorted(holders), Kind.SUPPLY, {}, -1)  # the end
     return sent

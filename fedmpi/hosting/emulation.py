@@ -106,7 +106,7 @@ def outfit(
         raise
     clients, given = len(parties.clients), original.supply()
     if post is None:  # what a federation's links would carry
-        sent = clients * (sum(num_bytes({name: tensor}) for name, tensor in given.tensors) + sum(map(len, given.files.values())))
+        sent = clients * (num_bytes(dict(skeleton.stored(made.given.model))) + sum(map(len, given.files.values())))
     else:
         placement = place(clients, post.transport.size, wanted.ranks_per_client, tuple(map(int, wanted.groups)))
         sent = supply.hand_out(post, experiment, given, [peer for peer in post.transport.peers if placement.hosted_by(peer)])
@@ -145,16 +145,22 @@ def on_server(
         print(f"fedmpi: emulator of {len(layout.emulator)} layers for {len(layout.inner)}: {_told(report)}", flush=True)
     if there != own:
         store(emulator, structure, report, tokenizer, own)
-    return Emulation(Given(emulator.model, tokenizer), layout, structure), Original(full, goal, partial(supply, own), report)
+    return Emulation(Given(emulator.model, tokenizer), layout, structure), Original(full, goal, partial(stored_supply, own), report)
 
 
-def supply(folder: Path) -> "Supply":
+def stored_supply(folder: Path) -> "Supply":
     """What goes over the links: what is in an emulator's folder."""
     from fedmpi.federation.supply import FILES, Supply
 
-    about, settings = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (ABOUT, "config.json"))
-    facts = {"config": skeleton.nowhere(settings), "layout": about["layout"], "structure": about["structure"]}
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in FILES}
+    try:
+        about, settings = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (ABOUT, "config.json"))
+        facts = {"config": skeleton.nowhere(settings), "layout": about["layout"], "structure": about["structure"]}
+        files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in FILES}
+        found = file_sha256(folder / WEIGHTS)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the emulator in {folder} can be given to nobody: {error!r}") from None
+    if found != about["sha256"]:
+        raise CheckpointError(f"{folder / WEIGHTS} should have SHA-256 {about['sha256'][:12]}, found {found[:12]}")
     return Supply(facts, files, _tensors(folder / WEIGHTS))
 
 

@@ -142,7 +142,7 @@ class Session:
         if not done:
             folder.describe(facts)
         if self.supply_bytes:
-            fed.ledger.totals["supply_bytes"] += self.supply_bytes
+            fed.ledger.supplied(self.supply_bytes)
             folder.pending.append(
                 {"round": committed.round if committed else -1, "event": "supply", "supply_bytes": self.supply_bytes}
             )

@@ -79,10 +79,11 @@ class PipeWire:
         for part in parts:
             self._outgoing.write(part)
 
-    def read(self, *parts: memoryview) -> None:
+    def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
         """Fill the parts, one after the other."""
         for part in parts:
             self._incoming.read(part)
+            heard()
 
     def close(self) -> None:
         """Break both directions."""

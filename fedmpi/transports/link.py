@@ -12,6 +12,7 @@ This module must never know which transport it serves, nor what a payload means.
 
 import queue
 import threading
+from collections.abc import Callable
 from time import monotonic
 from typing import Protocol
 
@@ -33,8 +34,8 @@ class Wire(Protocol):
     def write(self, *parts: memoryview) -> None:
         """Send all bytes of the parts, each as a piece that the other side reads in the same size."""
 
-    def read(self, *parts: memoryview) -> None:
-        """Fill the parts, none of which is empty."""
+    def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
+        """Fill the parts, none of which is empty; `heard` is called when some of it has come."""
 
     def close(self) -> None:
         """Break the wire and wake everyone who is blocked on it, on both sides. May be called twice."""
@@ -217,7 +218,9 @@ class Link:
             self._hand_on(header, payload, note, slice(0, header.length))
 
     def _read(self, *parts: memoryview) -> None:
-        self._wire.read(*parts)
+        self._wire.read(*parts, heard=self._hears)
+
+    def _hears(self) -> None:
         self.heard = monotonic()
 
     def _small(self, header: Header) -> tuple[bytes, torch.Tensor | None]:

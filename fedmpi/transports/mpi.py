@@ -52,9 +52,10 @@ class MpiWire:
         """Post all parts, then wait for them."""
         self._do(lambda: [self._comm.Isend([part, self._byte], self._peer, self._tag) for part in parts], False)
 
-    def read(self, *parts: memoryview) -> None:
+    def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
         """Post all parts, then wait for them."""
         self._do(lambda: [self._comm.Irecv([part, self._byte], self._peer, self._tag) for part in parts], True)
+        heard()
 
     def close(self) -> None:
         """Tell the other side, and give up all that is pending on this one."""

@@ -15,6 +15,7 @@ import secrets
 import socket
 import struct
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -25,7 +26,7 @@ from fedmpi.tensors import lent, room
 from fedmpi.transports.sockets import LEFT, fill, shut
 
 LENT_BYTES = 64 << 10  # shorter pieces go through the socket: to lend takes two wake-ups
-PATIENCE_S = 10.0  # for what a client has sent before it is asked for
+PATIENCE_S, CALLER_S = 10.0, 1.0  # for a client that has said that it called, and for what a caller says of itself
 DONE = b"."
 
 _PLACE, _HELLO, _OWNER = struct.Struct("<QQ"), struct.Struct("<iI"), struct.Struct("3i")
@@ -54,14 +55,15 @@ class SharedWire:
         except OSError as error:
             raise ConnectionError(error.strerror or str(error)) from None
 
-    def read(self, *parts: memoryview) -> None:
+    def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
         """Fill all parts."""
         try:
             for part in parts:
                 if len(part) < LENT_BYTES:
-                    fill(self._in, part)
+                    fill(self._in, part, heard)
                 else:
                     self._borrow(part)
+                    heard()
         except OSError as error:
             raise ConnectionError(error.strerror or str(error)) from None
 
@@ -118,22 +120,23 @@ class Listener:
         """The link of this client, which has called."""
         try:
             while (client, generation) not in self._wires:
-                self._admit(self._socket.accept()[0])
+                connection = self._socket.accept()[0]
+                with suppress(OSError):  # a stranger
+                    self._admit(connection)
         except OSError as error:
             raise PeerLost(f"rank {client}: its link on this machine could not be made: {error}") from None
         return self._wires.pop((client, generation))
 
     def _admit(self, incoming: socket.socket) -> None:
         """Take the two sockets of a caller of our own user."""
-        incoming.settimeout(PATIENCE_S)
+        incoming.settimeout(CALLER_S)
         _, owner, _ = _OWNER.unpack(incoming.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _OWNER.size))
         said, files, *_ = socket.recv_fds(incoming, _HELLO.size, 1, socket.MSG_CMSG_CLOEXEC)
+        if owner != os.getuid() or len(said) != _HELLO.size or not files:
+            raise PermissionError(f"a process of user {owner} speaks there, expected user {os.getuid()}")
         incoming.settimeout(None)
-        with socket.socket(fileno=files[0]) as given:
-            if owner != os.getuid() or len(said) != _HELLO.size:
-                raise PermissionError(f"a process of user {owner} speaks there, expected user {os.getuid()}")
-            client, generation = _HELLO.unpack(said)
-            self._wires[client, generation] = SharedWire(given.dup(), incoming)
+        client, generation = _HELLO.unpack(said)
+        self._wires[client, generation] = SharedWire(socket.socket(fileno=files[0]), incoming)
 
 
 def call(name: str, client: int, generation: int) -> SharedWire | None:

@@ -6,18 +6,21 @@ a receive, which between distant machines is a round trip. This module must neve
 """
 
 import secrets
+import selectors
 import socket
 import struct
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from time import monotonic
+from dataclasses import dataclass
+from time import monotonic, sleep
 
 from fedmpi.errors import PeerLost
 
-CALL_S = 5.0  # for a connection to one of the server's addresses
-PATIENCE_S = 10.0  # for what a caller says of itself
+CALL_S, PAUSE_S = 5.0, 0.2  # for a connection to one of the server's addresses, and before all are tried again
+PATIENCE_S = 2.0  # for what a caller says of itself, once it is connected; meanwhile others are heard
 LEFT = "the other side has closed the link"
+HERE = b"."
 _HELLO = struct.Struct("<32siI")
 
 
@@ -37,11 +40,11 @@ class SocketWire:
         except OSError as error:
             raise ConnectionError(error.strerror or str(error)) from None
 
-    def read(self, *parts: memoryview) -> None:
-        """Fill all parts."""
+    def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
+        """Fill all parts. Over a slow link a single one may take minutes."""
         try:
             for part in parts:
-                fill(self._socket, part)
+                fill(self._socket, part, heard)
         except OSError as error:
             raise ConnectionError(error.strerror or str(error)) from None
 
@@ -60,11 +63,12 @@ def pour(into: socket.socket, parts: list[memoryview]) -> None:
             parts[0] = parts[0][sent:]
 
 
-def fill(part_of: socket.socket, part: memoryview) -> None:
-    """Read as many bytes as the part has."""
+def fill(connection: socket.socket, part: memoryview, heard: Callable[[], None]) -> None:
+    """Read as many bytes as the part has; some of them came whenever `heard` is called."""
     while part:
-        if not (got := part_of.recv_into(part)):
+        if not (got := connection.recv_into(part)):
             raise ConnectionError(LEFT)
+        heard()
         part = part[got:]
 
 
@@ -76,49 +80,112 @@ def shut(*connections: socket.socket) -> None:
 
 
 class Listener:
-    """The server's side of the meeting. Clients may come in any order, and before they are asked for."""
+    """The server's side of the meeting. Clients may come in any order, and before they are asked for.
 
-    def __init__(self, host: str) -> None:
-        """On every interface, or on that of one address."""
-        both = not host and socket.has_dualstack_ipv6()
+    A stranger who finds the port is sent away. The secret tells who is one; it is no protection on a network that is read along.
+    """
+
+    def __init__(self) -> None:
+        both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
-        self._socket = socket.create_server((host, 0), family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=both)
+        self._socket = socket.create_server(("", 0), family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=both)
+        self._socket.setblocking(False)
         self.port: int = self._socket.getsockname()[1]
-        self.secret = secrets.token_hex(16)  # strangers do not know it; it is no protection on a network that is read along
+        self.secret = secrets.token_hex(16)
         self._wires: dict[tuple[int, int], SocketWire] = {}
+        self._watched = selectors.DefaultSelector()
+        self._watched.register(self._socket, selectors.EVENT_READ)
         weakref.finalize(self, self._socket.close)
 
     def link(self, client: int, generation: int, within_s: float) -> SocketWire:
-        """The link of this client, which has called."""
+        """The link of this client, which has called or will."""
         ends = monotonic() + within_s
         while (client, generation) not in self._wires:
-            self._socket.settimeout(max(0.01, ends - monotonic()))
-            try:
-                connection = self._socket.accept()[0]
-            except TimeoutError:
-                raise PeerLost(f"rank {client} did not come back to its link within {within_s:g} s") from None
-            with suppress(OSError):  # a stranger
-                self._admit(connection)
+            if (left := ends - monotonic()) <= 0:
+                raise PeerLost(f"rank {client} did not come back to its link within {within_s:g} s")
+            self._listen(min(left, PATIENCE_S))
+        for older in [key for key in self._wires if key[0] == client and key[1] < generation]:
+            self._wires.pop(older).close()
         return self._wires.pop((client, generation))
 
-    def _admit(self, connection: socket.socket) -> None:
-        said = memoryview(bytearray(_HELLO.size))
-        connection.settimeout(PATIENCE_S)
-        fill(connection, said)
-        secret, client, generation = _HELLO.unpack(said)
-        if not secrets.compare_digest(secret, self.secret.encode()):
-            raise PermissionError("somebody speaks there who is not of this job")
-        self._wires[client, generation] = SocketWire(connection)
+    def _listen(self, seconds: float) -> None:
+        """Hear whoever has something to say, a little each."""
+        for key, _ in self._watched.select(seconds):
+            if key.data is None:
+                self._accept()
+            else:
+                self._hear(key.data)
+        callers = [key.data for key in self._watched.get_map().values() if key.data is not None]
+        for caller in [caller for caller in callers if caller.until < monotonic()]:
+            self._dismiss(caller)
 
-
-def call(hosts: Sequence[str], port: int, secret: str, client: int, generation: int) -> SocketWire:
-    """A client's end of a new link, to the first of the server's addresses at which somebody answers."""
-    failed: list[str] = []
-    for host in dict.fromkeys(hosts):
+    def _accept(self) -> None:
         try:
-            connection = socket.create_connection((host, port), CALL_S)
-            connection.sendall(_HELLO.pack(secret.encode(), client, generation))
-            return SocketWire(connection)
+            connection = self._socket.accept()[0]
+        except (BlockingIOError, ConnectionError):  # it has left again
+            return
         except OSError as error:
-            failed.append(f"{host} port {port}: {error.strerror or error}")
-    raise ConnectionError("; ".join(failed))
+            raise PeerLost(f"no link can be accepted: {error.strerror or error}") from None
+        connection.setblocking(False)
+        self._watched.register(connection, selectors.EVENT_READ, Caller(connection, monotonic() + PATIENCE_S))
+
+    def _hear(self, caller: "Caller") -> None:
+        try:
+            got = caller.connection.recv(_HELLO.size - len(caller.said))
+        except BlockingIOError:
+            return
+        except OSError:
+            got = b""
+        caller.said += got
+        if not got:
+            self._dismiss(caller)
+        elif len(caller.said) == _HELLO.size:
+            secret, client, generation = _HELLO.unpack(caller.said)
+            if not secrets.compare_digest(secret, self.secret.encode()):
+                self._dismiss(caller)
+                return
+            self._watched.unregister(caller.connection)
+            self._wires[client, generation] = SocketWire(caller.connection)
+            with suppress(OSError):  # it has left; whoever uses the link will see
+                caller.connection.send(HERE)
+
+    def _dismiss(self, caller: "Caller") -> None:
+        self._watched.unregister(caller.connection)
+        caller.connection.close()
+
+
+@dataclass
+class Caller:
+    """Somebody who has not said yet who it is."""
+
+    connection: socket.socket
+    until: float
+    said: bytes = b""
+
+
+def call(hosts: Sequence[str], port: int, secret: str, client: int, generation: int, within_s: float) -> SocketWire:
+    """A client's end of a new link, to the first of the server's addresses at which it answers."""
+    ends = monotonic() + within_s
+    while True:
+        failed: list[str] = []
+        for host in dict.fromkeys(hosts):
+            try:
+                return _call(host, port, _HELLO.pack(secret.encode(), client, generation), ends)
+            except OSError as error:
+                failed.append(f"{host} port {port}: {error.strerror or error}")
+        if monotonic() + PAUSE_S > ends:
+            raise ConnectionError("; ".join(failed))
+        sleep(PAUSE_S)
+
+
+def _call(host: str, port: int, hello: bytes, ends: float) -> SocketWire:
+    connection = socket.create_connection((host, port), CALL_S)
+    try:
+        connection.sendall(hello)
+        connection.settimeout(max(CALL_S, ends - monotonic()))  # the server answers when it comes to this link
+        if connection.recv(1) != HERE:
+            raise ConnectionError("somebody else answers")
+    except OSError:
+        connection.close()
+        raise
+    return SocketWire(connection)

@@ -1,6 +1,6 @@
 """Ranks that meet at the store of torch.distributed: links between them, and gloo's collectives of all of them.
 
-- A store client that blocks holds a lock. So the rendezvous polls, and after it nobody needs the store.
+- A store client that blocks holds a lock. So the rendezvous polls. Later only new links and collectives need it.
 - A wait for gloo that times out closes the pair, for good and on both sides, while abort() and shutdown() wake nobody. So the group
   of the collectives is closed by a receive that times out.
 
@@ -92,10 +92,9 @@ class Rendezvous:
             self._listen()
 
     def _listen(self) -> None:
-        """Say where the server can be called: where the store is, most often; else by its address on the way to it, or its name."""
-        own = self._address()
-        self._far = sockets.Listener(own if own.startswith("127.") and self.world.local_size == self.world.size else "")
-        said = {"port": self._far.port, "secret": self._far.secret, "hosts": [self._host, own, socket.gethostname()]}
+        """Say where the server can be called, besides where its store is: by its address on the way to that, or by its name."""
+        self._far = sockets.Listener()
+        said = {"port": self._far.port, "secret": self._far.secret, "hosts": [self._address(), socket.gethostname()]}
         self._store.set("server", json.dumps(said))
 
     def _address(self) -> str:
@@ -107,7 +106,7 @@ class Rendezvous:
 
     @cached_property
     def _device(self) -> ProcessGroupGloo.Device:
-        """The interface that reaches the store also reaches the peers; GLOO_SOCKET_IFNAME overrides, as in torch."""
+        """For collectives: the interface that reaches the store reaches the peers; GLOO_SOCKET_IFNAME overrides, as in torch."""
         address = self._address()
         if "GLOO_SOCKET_IFNAME" in os.environ or not address:
             return ProcessGroupGloo.create_default_device()
@@ -176,8 +175,8 @@ class Rendezvous:
             if self._far is not None:
                 return self._far.link(client, generation, self.timeout_s)
             server = json.loads(self._store.get("server"))
-            hosts = [host for host in server["hosts"] if host]
-            return sockets.call(hosts, server["port"], server["secret"], client, generation)
+            hosts = [self._host, *(host for host in server["hosts"] if host and not host.startswith("127."))]
+            return sockets.call(hosts, server["port"], server["secret"], client, generation, self.timeout_s)
         except (RuntimeError, ConnectionError) as error:
             raise PeerLost(f"rank {peer}: no link to it could be made: {_reason(error)}") from None
 

@@ -37,7 +37,7 @@ PHASES: Mapping[str, tuple[str, ...]] = {
     "freeze": EVERYWHERE,  # the same for longer than the deadline
     "term": EVERYWHERE,
     "usr1": EVERYWHERE,
-    "reset": EVERYWHERE,  # every TCP connection of the process is shut down; of a thread, every link
+    "reset": EVERYWHERE,  # every connection of the process is shut down; of a thread, every link
     "slow": EVERYWHERE,  # the next writes to a link take their time
     "clock": EVERYWHERE,  # the time of day jumps by a day: time.time is another from now on
     "again": ("upload",),  # the update is delivered twice
@@ -73,12 +73,12 @@ def stop_self(seconds: float) -> None:
 
 
 def reset_connections() -> None:
-    """Shut every TCP connection of this process down, under the feet of whoever uses it."""
+    """Shut every connection of this process down, to other machines and on this one, under the feet of whoever uses it."""
     for name in os.listdir("/proc/self/fd"):
         try:
             with socket.socket(fileno=os.dup(int(name))) as one:
                 listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                if one.type == socket.SOCK_STREAM and one.family in (socket.AF_INET, socket.AF_INET6) and not listens:
+                if one.type == socket.SOCK_STREAM and not listens:
                     one.shutdown(socket.SHUT_RDWR)
         except OSError:  # not a socket, or not connected
             continue

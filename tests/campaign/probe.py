@@ -124,9 +124,9 @@ class Damaged:
         """Late, or with a bit turned."""
         self._wire.write(*self._probe.written(self._rank, parts))
 
-    def read(self, *parts: memoryview) -> None:
+    def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
         """As it comes."""
-        self._wire.read(*parts)
+        self._wire.read(*parts, heard=heard)
 
     def close(self) -> None:
         """For good."""

@@ -11,7 +11,7 @@ import argparse
 import random
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,7 @@ class Tape:
         """Record."""
         self.pieces += [bytes(part) for part in parts]
 
-    def read(self, *parts: memoryview) -> None:
+    def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
         """Play back."""
         for part in parts:
             self.num_read += 1

@@ -2,7 +2,10 @@
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -13,12 +16,20 @@ from fedmpi.transports.sockets import Listener, SocketWire, call
 LARGE = 32 << 20
 
 
+@contextmanager
+def calling(listener: Listener, hosts: list[str], client: int, generation: int) -> Iterator["Future[SocketWire]"]:
+    """A client that calls, and waits until it is answered."""
+    with ThreadPoolExecutor() as pool:
+        yield pool.submit(call, hosts, listener.port, listener.secret, client, generation, 10.0)
+
+
 @pytest.fixture
 def pair() -> Iterator[tuple[SocketWire, SocketWire]]:
     """The server's end and a client's."""
-    listener = Listener("127.0.0.1")
-    theirs = call(["127.0.0.1"], listener.port, listener.secret, 1, 1)
-    ours = listener.link(1, 1, 5)
+    listener = Listener()
+    with calling(listener, ["127.0.0.1"], 1, 1) as called:
+        ours = listener.link(1, 1, 5)
+        theirs = called.result()
     yield ours, theirs
     ours.close(), theirs.close()
 
@@ -29,7 +40,9 @@ def test_parts_of_all_sizes_arrive_in_order_however_they_are_cut(pair: tuple[Soc
     writing = threading.Thread(target=ours.write, args=[memoryview(part) for part in sent])
     writing.start()
     got = bytearray(sum(map(len, sent)))
-    theirs.read(memoryview(got)[:7], memoryview(got)[7:])
+    heard: list[int] = []
+    theirs.read(memoryview(got)[:7], memoryview(got)[7:], heard=lambda: heard.append(1))
+    assert len(heard) > len(sent), "who reads a long part is told of its pieces"
     writing.join(10)
     assert bytes(got) == b"".join(sent)
 
@@ -43,7 +56,7 @@ def test_who_is_in_the_middle_of_a_piece_wakes_up_when_a_side_closes(pair: tuple
 
     def waits(act: str, part: memoryview) -> None:
         try:
-            getattr(ours, act)(part)
+            ours.write(part) if act == "write" else ours.read(part, heard=int)
         except ConnectionError:
             failed.append(act)
             ours.close()
@@ -59,27 +72,52 @@ def test_who_is_in_the_middle_of_a_piece_wakes_up_when_a_side_closes(pair: tuple
     assert sorted(failed) == ["read", "write"]
 
 
-def test_clients_may_call_in_any_order_and_strangers_do_not_count() -> None:
-    listener = Listener("")
-    stranger = socket.create_connection(("127.0.0.1", listener.port))
-    stranger.sendall(b"x" * 64)
-    silent = socket.create_connection(("127.0.0.1", listener.port))
-    silent.close()
-    wires = {client: call(["no-such-host.invalid", "127.0.0.1"], listener.port, listener.secret, client, 3) for client in (2, 1)}
-    for client in (1, 2):
-        listener.link(client, 3, 5).write(memoryview(bytes([client])))
-        said = bytearray(1)
-        wires[client].read(memoryview(said))
-        assert said[0] == client
-    stranger.close()
+def test_clients_may_call_in_any_order_and_strangers_keep_nobody_waiting() -> None:
+    """One says something else, one says nothing, one leaves at once, one never comes to an end."""
+    listener = Listener()
+    strangers = [socket.create_connection(("127.0.0.1", listener.port)) for _ in range(4)]
+    strangers[0].sendall(b"x" * 64)
+    strangers[2].close()
+    over = threading.Event()
+
+    def drip() -> None:
+        with suppress(OSError):
+            while not over.wait(0.05):
+                strangers[3].send(b"x")
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    began = time.monotonic()
+    with calling(listener, ["no-such-host.invalid", "127.0.0.1"], 2, 3) as two, calling(listener, ["127.0.0.1"], 1, 3) as one:
+        for client, called in ((1, one), (2, two)):
+            listener.link(client, 3, 10).write(memoryview(bytes([client])))
+            said = bytearray(1)
+            called.result().read(memoryview(said), heard=int)
+            assert said[0] == client
+    assert time.monotonic() - began < sockets.PATIENCE_S + 5
+    over.set()
+    dripping.join()
+    for stranger in strangers:
+        stranger.close()
     with pytest.raises(PeerLost, match="rank 1 did not come back to its link within 0.1 s"):
         listener.link(1, 4, 0.1)
 
 
-def test_where_nobody_answers_every_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sockets, "CALL_S", 0.5)
-    listener = Listener("127.0.0.1")
-    port = listener.port
-    listener._socket.close()
-    with pytest.raises(ConnectionError, match=f"127.0.0.1 port {port}: Connection refused"):
-        call(["127.0.0.1", "127.0.0.1"], port, listener.secret, 1, 1)
+def test_a_link_that_was_made_in_vain_is_closed_when_a_newer_one_is_there() -> None:
+    listener = Listener()
+    with calling(listener, ["127.0.0.1"], 2, 1) as old, calling(listener, ["127.0.0.1"], 2, 2) as new:
+        while len(listener._wires) < 2:
+            listener._listen(0.1)
+        listener.link(2, 2, 5)
+    new.result()
+    with pytest.raises(ConnectionError):
+        old.result().read(memoryview(bytearray(1)), heard=int)
+    assert not listener._wires
+
+
+def test_where_nobody_answers_every_address_is_named_when_time_is_over() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+        with pytest.raises(ConnectionError, match=f"127.0.0.1 port {port}: Connection refused"):
+            call(["127.0.0.1", "127.0.0.1"], port, "x" * 32, 1, 1, 0.5)
