@@ -31,19 +31,19 @@ class Scratch:
             num = os.pwrite(self._file.fileno(), data, place)
             data, place = data[num:], place + num
 
-    def read(self, place: int, num: int) -> bytearray:
-        """So many bytes that were written."""
-        if self._file is None:
-            self._memory.seek(place)
-            return bytearray(self._memory.read(num))
-        found = bytearray(num)
-        view = memoryview(found)
-        while view:
-            got = os.preadv(self._file.fileno(), [view], place)
+    def read(self, place: int, into: memoryview) -> None:
+        """Bytes that were written."""
+        while into:
+            got = self._some(place, into)
             if not got:
-                raise EOFError(f"{len(view)} bytes at {place} were never written")
-            view, place = view[got:], place + got
-        return found
+                raise EOFError(f"{len(into)} bytes at {place} were never written")
+            into, place = into[got:], place + got
+
+    def _some(self, place: int, into: memoryview) -> int:
+        if self._file is not None:
+            return os.preadv(self._file.fileno(), [into], place)
+        self._memory.seek(place)
+        return self._memory.readinto(into)
 
     def close(self) -> None:
         """Nothing of it is needed any more."""

@@ -162,7 +162,9 @@ class Spool:
     def _read(self, start: int, num: int, dtype: torch.dtype) -> torch.Tensor:
         if not num:
             return torch.empty(0, dtype=torch.float64)
-        return torch.frombuffer(self._scratch.read(start, num * dtype.itemsize), dtype=dtype).double()
+        found = torch.empty(num, dtype=dtype)
+        self._scratch.read(start, found.view(torch.uint8).numpy().data)
+        return found.double()
 
 
 @dataclass

@@ -100,7 +100,7 @@ class Encoding:
         self._origin = before.over(self.manifest) if chains.delta else None
         self._lost = lost.over(self.manifest) if chains.feedback else None
         self._residual = room(self.manifest.num_bytes // 4, torch.float32) if chains.feedback else None
-        self._decoded = room(self.manifest.num_bytes // 4, torch.float32) if told else None
+        self._decoded = room(self.manifest.num_bytes // 4, torch.float32, to_lend=True) if told else None  # also sent as it is
         self._places = list(chunks(self.manifest.num_bytes, CHUNK_BYTES))
         self._num_made, self._kept = 0, dict[int, memoryview]()
         self._lock = threading.Lock()

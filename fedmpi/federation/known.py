@@ -15,7 +15,7 @@ import xxhash
 from fedmpi.aggregation.scratch import Scratch
 from fedmpi.manifest import Manifest, Packed, manifest_of, unpack
 from fedmpi.messages import chunks
-from fedmpi.tensors import Tensors
+from fedmpi.tensors import Tensors, room
 
 PIECE_BYTES = 4 << 20
 
@@ -57,10 +57,7 @@ class Parked:
     @property
     def tensors(self) -> Tensors:
         """All of it, in memory."""
-        whole = torch.empty(self._manifest.num_bytes, dtype=torch.uint8)
-        for place in self._places():
-            whole[place] = self.buffer(place.start, place.stop)
-        return unpack(whole, self._manifest)
+        return unpack(self.buffer(0, self._manifest.num_bytes), self._manifest)
 
     def over(self, manifest: Manifest) -> "Packed | Parked | None":
         """As of a state in memory."""
@@ -68,7 +65,9 @@ class Parked:
 
     def buffer(self, start: int, stop: int) -> torch.Tensor:
         """The bytes of a slice, as a tensor."""
-        return torch.frombuffer(self._scratch.read(start, stop - start), dtype=torch.uint8)
+        found = room(stop - start, torch.uint8)
+        self._scratch.read(start, found.numpy().data)
+        return found
 
     def _places(self) -> Iterator[slice]:
         return chunks(self._manifest.num_bytes, PIECE_BYTES)
