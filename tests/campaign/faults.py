@@ -5,6 +5,7 @@ import resource
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ SERVER = ("announce", "broadcast", "gather", "aggregate", "evaluate", "commit", 
 CLIENT = ("announced", "train", "upload")  # and on a client
 DEADLINE_S = 4.0  # of the runs, unless they are told another
 PAUSE, LONG_PAUSE, HANG = 0.15, 1.6, 3.0  # deadlines: before the others give up, after, and beyond a slow step
+
+
+_stopping = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,10 @@ def kill_self() -> None:
 
 
 def stop_self(seconds: float) -> None:
-    """Stop this process; a child of nobody lets it go on later."""
-    subprocess.Popen(["/bin/sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"], start_new_session=True)
-    os.kill(os.getpid(), signal.SIGSTOP)
+    """Stop this process; a child of nobody lets it go on later. Two threads do so one after the other, each with a child to wait for."""
+    with _stopping:
+        subprocess.Popen(["/bin/sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"], start_new_session=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def reset_connections() -> None:
