@@ -71,7 +71,7 @@ def kill_self() -> None:
 
 
 def stop_self(seconds: float) -> None:
-    """Stop this process; a child of nobody lets it go on later. Two threads do so one after the other, each with a child to wait for."""
+    """Stop this process; a child of nobody lets it go on later. Threads do so one after the other, each with a child of its own."""
     with _stopping:
         subprocess.Popen(["/bin/sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"], start_new_session=True)
         os.kill(os.getpid(), signal.SIGSTOP)
