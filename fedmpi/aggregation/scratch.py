@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
+from fedmpi.errors import CheckpointError
+
 IN_MEMORY_BYTES = 8 << 20  # what a round of small updates takes before it goes to disk
 _idle: dict[Path | None, list[IO[bytes]]] = {}  # by folder; to write in pages that are new to the system costs three times as much
 
@@ -21,6 +23,13 @@ class Scratch:
 
     def write(self, place: int, data: memoryview) -> None:
         """Put bytes at a place."""
+        try:
+            self._write(place, data)
+        except OSError as error:
+            where = f"{self._folder}" if self._folder is not None else f"{tempfile.gettempdir()} (TMPDIR sets where that is)"
+            raise CheckpointError(f"scratch space in {where} takes no more: {error.strerror}; free some, and start again") from None
+
+    def _write(self, place: int, data: memoryview) -> None:
         if self._file is None and place + len(data) > IN_MEMORY_BYTES:
             self._to_file()
         if self._file is None:
