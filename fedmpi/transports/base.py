@@ -9,20 +9,19 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from time import monotonic
 from types import TracebackType
 
 import torch
 
-from fedmpi.errors import Aborted, LinkError, PeerLost, PeerSilent
+from fedmpi.errors import Aborted, LinkError, PeerLost
 from fedmpi.messages import CHUNK_BYTES, Header, Kind, Payload
 from fedmpi.transports.inbox import Inbox, Message
 from fedmpi.transports.link import Link, Wire
 from fedmpi.transports.outgoing import Outgoing, Traffic, is_small
 from fedmpi.transports.together import Body, Together
+from fedmpi.transports.watchdog import Watchdog
 
 GRACE_S = 3.0  # how long the others are given to take note of an abort
-LOOK_S = 0.02  # between two looks at who is silent, at least
 
 
 class Transport:
@@ -61,10 +60,9 @@ class Transport:
         self._round = -1
         self._senders = ThreadPoolExecutor(max(1, len(self.peers)), f"send-{rank}")
         self._links = {peer: self._over_wire(peer, wire) for peer, wire in wires.items()}
-        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         for link in self._links.values():
             link.start()
-        self._watchdog.start()
+        Watchdog(lambda: list(self._links.values()), self.lost, self._over, timeout_s, self._period_s)
 
     def _over_wire(self, peer: int, wire: Wire) -> Link:
         return Link(peer, wire, self, self.sent[peer], self.received[peer], self._period_s)
@@ -80,9 +78,7 @@ class Transport:
     ) -> dict[int, LinkError]:
         """Send one message to several peers at once; a slow or lost one holds up nobody. Gives failures by peer."""
         message = Outgoing(header, payload, self._chunk_bytes, note)
-        if len(peers) == 1 or is_small(
-            message.header
-        ):  # a small one fits into any peer's buffers: other threads would cost more than it
+        if len(peers) == 1 or is_small(message.header):  # it fits into any peer's buffers: other threads would cost more
             failed = {peer: error for peer in peers if (error := self._try(peer, message)) is not None}
         else:
             sending = {peer: self._senders.submit(self._try, peer, message) for peer in peers}
@@ -306,26 +302,3 @@ class Transport:
         for link in self._links.values():
             link.join(GRACE_S)
         self._senders.shutdown(wait=False)
-
-    def _watch(self) -> None:
-        """Find the links that gave no sign of life for too long."""
-        before = monotonic()
-        while not self._over.wait(self._until_late()):
-            now = monotonic()
-            if now - before > self.timeout_s / 2:  # it is we who were stopped: give the others time to be heard
-                for link in self._links.values():
-                    link.heard = now
-            before = now
-            for link in list(self._links.values()):
-                self._watch_one(link, now)
-
-    def _until_late(self) -> float:
-        """Seconds until the first link may have been silent for too long, so that nobody gets more time than was said."""
-        first = min((link.heard for link in self._links.values() if link.may_be_late), default=monotonic())
-        return min(self._period_s, max(LOOK_S, first + self.timeout_s - monotonic()))
-
-    def _watch_one(self, link: Link, now: float) -> None:
-        if link.may_be_late and now - link.heard > self.timeout_s:
-            after = f" after {link.coming}" if link.coming else ""
-            what = f"rank {link.peer} gave no sign of life for {self.timeout_s:g} s{after}"
-            self.lost(link, PeerSilent(f"{what}; it hangs, is stopped or cut off (--timeout_s sets how long to wait)"))
