@@ -16,6 +16,7 @@ import struct
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -211,13 +212,15 @@ class Downlink:
     chains: Chains
     before: State = NOTHING  # the last broadcast that counted, where a chain says delta
     lost: State = NOTHING  # and what it could not say
+    scratch: Path | None = None  # where both wait while the next broadcast is under way
     _made: Encoding | None = None
     _round: int = -1
     _holds: dict[int, int] = field(default_factory=dict)  # by holder: which broadcast it had last
 
     def encode(self, tensors: Tensors, rnd: Round) -> Encoding:
         """The round's broadcast, ready to be sent. What it goes on from is needed once more only if the round does not count."""
-        self.before, self.lost = parked(self.before, self.before.fingerprint if self.chains.delta else 0), parked(self.lost)
+        known = self.before.fingerprint if self.chains.delta else 0
+        self.before, self.lost = parked(self.before, self.scratch, known), parked(self.lost, self.scratch)
         self._made = Encoding(self.chains, tensors, seed_for(rnd.seed, "broadcast"), self.before, self.lost, told=True)
         self._round = rnd.index
         return self._made

@@ -7,6 +7,7 @@ not be one more: it is read chunk by chunk. This module must never know links, c
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from weakref import finalize
 
 import torch
@@ -46,9 +47,9 @@ class Known:
 class Parked:
     """A state in scratch space."""
 
-    def __init__(self, known: Known, fingerprint: int) -> None:
+    def __init__(self, known: Known, fingerprint: int, scratch: Path | None) -> None:
         self.fingerprint, self._manifest = fingerprint, manifest_of(known.tensors)
-        self._scratch = Scratch(None)
+        self._scratch = Scratch(scratch)
         finalize(self, self._scratch.close)
         packed = Packed(known.tensors, self._manifest)
         for place in self._places():
@@ -73,6 +74,6 @@ class Parked:
         return chunks(self._manifest.num_bytes, PIECE_BYTES)
 
 
-def parked(state: Known | Parked, fingerprint: int = 0) -> Known | Parked:
+def parked(state: Known | Parked, scratch: Path | None, fingerprint: int = 0) -> Known | Parked:
     """The same out of memory, unless there is nothing of it."""
-    return Parked(state, fingerprint) if isinstance(state, Known) and state.tensors else state
+    return Parked(state, fingerprint, scratch) if isinstance(state, Known) and state.tensors else state

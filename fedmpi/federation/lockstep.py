@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fedmpi.aggregation import Check
@@ -45,6 +46,7 @@ class Federation:
     post: Post | None = None  # None: this process is the whole world
     conductor: Conductor | None = None  # held by the server alone
     vault: Vault | None = None
+    scratch: Path | None = None  # of the server; None is the system's
     device: str = "cpu"  # where clients that live here compute
     near: str | None = None  # host:port of something that every rank can reach, where there is one
     ground: Ground | None = None  # what each process holds once and the server may change
@@ -67,7 +69,7 @@ class Federation:
         self._owned = Owned(self.vault, self._meeting.leads)
         self._turns = Turns(self._meeting, self._owned, self.up, self.device, self.patience_s)
         self._joint = Joint(self.post, self.placement, self.ledger) if self.collective and self.post is not None else None
-        self.downlink = Downlink(self.down)
+        self.downlink = Downlink(self.down, scratch=self.scratch)
         self._sent: Tensors = {}  # the round's broadcast, where updates are compared with it
         self._standing: dict[int, str] = {}  # on the server: which state of each client counts, by digest
         self._held: Tensors = {}  # the last broadcast that came here, where the next one may stand on it

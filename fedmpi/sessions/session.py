@@ -68,8 +68,8 @@ class Session:
         if way.reason and rank == SERVER and self.post is not None:
             print(f"fedmpi: {self.title}: exchange auto is {way.exchange}: {way.reason}", flush=True)
         fed = Federation(
-            placement, rank, self.post, vault=vault, near=self.near, ground=folds, answer=answer, device=self.host.base.device,
-            up=recipe.chain("up"), down=recipe.chain("down"), collective=way.exchange == "collective",
+            placement, rank, self.post, vault=vault, scratch=self.host.scratch, near=self.near, ground=folds, answer=answer,
+            device=self.host.base.device, up=recipe.chain("up"), down=recipe.chain("down"), collective=way.exchange == "collective",
             halves=self.host.rules.rule in aggregation.HALVES,
             terms=None if way.exchange == "star" else Terms(recipe.weights, num_examples, self.host.own_check),
             supplied=self._supplied(placement), goes_on=self.goes_on and way.exchange == "star", patience_s=recipe.timeout_s,
