@@ -86,9 +86,7 @@ class Listener:
     """
 
     def __init__(self) -> None:
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        self._socket = socket.create_server(("", 0), family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=both)
+        self._socket = _everywhere()
         self._socket.setblocking(False)
         self.port: int = self._socket.getsockname()[1]
         self.secret = secrets.token_hex(16)
@@ -152,6 +150,14 @@ class Listener:
     def _dismiss(self, caller: "Caller") -> None:
         self._watched.unregister(caller.connection)
         caller.connection.close()
+
+
+def _everywhere() -> socket.socket:
+    """A server on every interface, by both protocols where the machine has both."""
+    with suppress(OSError):  # it may know IPv6, and have switched it off
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=socket.SOMAXCONN, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=socket.SOMAXCONN)
 
 
 @dataclass
