@@ -105,8 +105,10 @@ class Result:
     def _known(self, chunks: Mapping[int, Sequence[int]]) -> dict[int, dict[str, Any]]:
         """What an interrupted evaluation was told, by a chunk's first question; the file is begun where there is none."""
         lines = list(read_lines(self.part))
-        if lines:
+        if lines and "settings" in lines[0]:
             self._same(lines[0]["settings"], self.part)
+        else:
+            lines = []  # nobody knows what it was told under
         told = {line["first"]: line for line in lines[1:] if "first" in line}  # others are of an older version
         known = {first: line for first, line in told.items() if len(chunks.get(first, ())) == len(line["records"])}
         if len(known) < len(told):

@@ -102,11 +102,13 @@ def cohort_size(clients_per_round: str | int | float | None, num_clients: int) -
 def fixed_cohort(sampling: str, num_clients: int) -> tuple[int, ...]:
     """The clients of `fixed:0,3,5`."""
     try:
-        chosen = tuple(sorted({int(part) for part in sampling.removeprefix("fixed:").split(",")}))
+        chosen = tuple(sorted(int(part) for part in sampling.removeprefix("fixed:").split(",")))
     except ValueError:
         raise ConfigError(f"sampling {sampling!r}: write the clients as fixed:0,3,5") from None
     if not 0 <= chosen[0] <= chosen[-1] < num_clients:
         raise ConfigError(f"sampling {sampling!r}: clients are numbered 0 to {num_clients - 1}")
+    if len(set(chosen)) < len(chosen):
+        raise ConfigError(f"sampling {sampling!r}: name each client once")
     return chosen
 
 

@@ -52,6 +52,7 @@ def _enter(arguments: Sequence[str]) -> int:
 
 def start(wanted: Recipe, own: Any, world: World) -> int:
     """Open the links, run what the recipe's scenario asks for, close."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are stacks of C++; what matters comes as an error of ours
     import torch
 
     from fedmpi.federation.post import Post

@@ -93,6 +93,10 @@ class Config:
         for key, least in {**at_least, "align_batch_size": 1, "kd_weight": 0, "prox_weight": 0}.items():
             if getattr(self, key) is not None and not least <= getattr(self, key) < float("inf"):
                 raise ConfigError(f"offsite.{key} is {getattr(self, key)}: it must be at least {least}")
+        if self.public_name == "builtin:toy" and self.public_path is not None:
+            raise ConfigError(
+                f"offsite.public_path is {self.public_path}, builtin:toy is made by the program: give offsite.public_name"
+            )
         if not 0 < self.align_lr < float("inf"):
             raise ConfigError(f"offsite.align_lr is {self.align_lr}: it must be a finite number above 0")
         if not 0 <= self.drop_rate < 1:

@@ -11,6 +11,8 @@ import json
 import os
 import re
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, ReduceOp, Store, TCPStore, Work  # type: ignore[attr-defined]
 
+from fedmpi.command import FAILED
 from fedmpi.errors import LinkError, PeerLost, PeerSilent
 from fedmpi.messages import CHUNK_BYTES
 from fedmpi.transports import shared, sockets
@@ -69,6 +72,35 @@ def _reason(error: Exception) -> str:
     return _CPP_PLACE.sub("", str(error).splitlines()[0]).split(". ")[0]
 
 
+class Asking:
+    """A store whose answers do not take for ever: they are waited for inside C++, where neither deadlines nor signals reach.
+
+    So a process that is not answered ends.
+    """
+
+    def __init__(self, store: Store, who: str, limit_s: float) -> None:
+        self._store, self._limit_s = store, limit_s
+        self._line = f"fedmpi: {who} got no answer from the job's store for {limit_s:g} s: whoever keeps it hangs or is cut off"
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        ask = getattr(self._store, name)
+
+        def asked(*given: object) -> Any:
+            alarm = threading.Timer(self._limit_s, self._end)
+            alarm.daemon = True
+            alarm.start()
+            try:
+                return ask(*given)
+            finally:
+                alarm.cancel()
+
+        return asked
+
+    def _end(self) -> None:
+        print(self._line, file=sys.stderr, flush=True)
+        os._exit(FAILED)
+
+
 class Rendezvous:
     """How ranks find each other: keys in a store, under a prefix that carries the restart count of the job."""
 
@@ -83,7 +115,8 @@ class Rendezvous:
             does = "cannot open its store" if world.hosts_store else f"found no store of rank 0 within {timeout_s:g} s"
             kind = LinkError if world.hosts_store else PeerSilent
             raise kind(f"rank {world.rank} of {world.size} {does} at {world.store} ({_reason(error)})") from None
-        self._tcp, self._store = tcp, PrefixStore(f"fedmpi/{world.restart}", tcp)
+        self._prefixed = PrefixStore(f"fedmpi/{world.restart}", tcp)
+        self._store = Asking(self._prefixed, f"rank {world.rank} of {world.size}", timeout_s + GRACE_S)
         self._host = host
         self._near = shared.Listener() if world.rank == 0 and world.local_size > 1 and not apart else None
         self._far: sockets.Listener | None = None
@@ -136,7 +169,7 @@ class Rendezvous:
             return self._complaint([0])
         if not self._until(lambda: self._store.check(["verdict"]), self.timeout_s + GRACE_S):
             return f"rank 0 of {self.world.size} fell silent while the ranks met; see its output"
-        verdict: str = self._store.get("verdict").decode()
+        verdict = str(self._store.get("verdict").decode())
         with suppress(RuntimeError):  # it may be gone now
             self._store.add("heard", 1)
         return verdict
@@ -197,7 +230,7 @@ class Rendezvous:
     def gather_all(self, generation: int) -> GlooTogether:
         """A process group of all ranks, once all of them are here."""
         try:
-            store = PrefixStore(f"together/{generation}", self._store)
+            store = PrefixStore(f"together/{generation}", self._prefixed)
             return GlooTogether(store, self.world.rank, self.world.size, self._device, self.timeout_s)
         except RuntimeError as error:
             raise PeerLost(f"rank {self.world.rank}: no collective could be made: {_reason(error)}") from None
@@ -211,6 +244,9 @@ class Rendezvous:
         asked, known = f"asked/{client}", self._generations.get(client, 0)
         if self.world.rank:
             generation = int(self._store.add(asked, 1))
+            if generation > 1:
+                told = "this job has or had such a rank; where the run goes on without it, it is let in between two rounds"
+                print(f"fedmpi: rank {client} asks to be let in: {told}", flush=True)
             while generation > 1 and int(self._store.add(f"granted/{client}", 0)) < generation:
                 sleep(POLL_S)
             return generation
@@ -235,7 +271,10 @@ def open(world: World, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES, apar
     except PeerSilent:
         raise
     except (LinkError, RuntimeError) as error:
-        raise PeerLost(f"rank {world.rank} of {world.size} could not meet the others: {_reason(error)}") from None
+        raise PeerLost(
+            f"rank {world.rank} of {world.size} could not meet the others ({_reason(error)}); see the output of rank 0, "
+            f"and who else uses {world.store}"
+        ) from None
     return Transport(
         world.rank, world.size, wires, rendezvous.link, timeout_s=timeout_s, chunk_bytes=chunk_bytes,
         gather_all=rendezvous.gather_all, asks=rendezvous.asks,

@@ -76,6 +76,7 @@ def test_a_drop_rate_that_leaves_no_layer():
         ({"kd_weight": -1.0}, "offsite.kd_weight is -1.0"),
         ({"prox_weight": float("inf")}, "offsite.prox_weight is inf"),
         ({"align_pool": 3, "adapter_first": 1}, "align_pool is 3 and offsite.adapter_first 1: .* cannot be kept"),
+        ({"public_path": "rows.jsonl"}, "offsite.public_path is rows.jsonl, builtin:toy is made by the program"),
         ({"builder": "magic"}, "offsite.builder is 'magic': allowed are uniform, influence, shared, thin, quantized, distilled"),
     ],
 )

@@ -57,7 +57,7 @@ def test_weighted_sampling_prefers_large_clients() -> None:
 def test_fixed_and_all() -> None:
     assert sample("fixed:5,0,3", 3, [1] * 9, 0, 7, 0) == (0, 3, 5)
     assert sample("all", 9, [1] * 9, 0, 7, 0) == tuple(range(9))
-    for wrong in ("fixed:9", "fixed:-1", "fixed:", "fixed:a"):
+    for wrong in ("fixed:9", "fixed:-1", "fixed:", "fixed:a", "fixed:0,0"):
         with pytest.raises(ConfigError, match="sampling"):
             sample(wrong, 1, [1] * 9, 0, 0, 0)
 
