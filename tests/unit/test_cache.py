@@ -64,7 +64,7 @@ def test_no_rows_and_dropped_rows(tmp_path, tokenizer, monkeypatch):
 TEXTS = st.lists(st.tuples(*[st.text(max_size=12)] * 3), min_size=1, max_size=4)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(texts=TEXTS, others=TEXTS)
 def test_a_key_is_of_the_texts_and_their_borders(texts, others, tokenizer):
     def key(parts):

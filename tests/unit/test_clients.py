@@ -180,7 +180,7 @@ def test_given_says_what_it_needs(tmp_path):
 # ---- one map for every part ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     categories=st.lists(st.sampled_from("abcde"), min_size=40, max_size=80),
     tests=st.integers(0, 30),

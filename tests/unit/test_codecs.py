@@ -67,7 +67,7 @@ def test_what_is_lost_is_no_more_than_promised(text: str, num: int) -> None:
 
 @pytest.mark.parametrize("text", LOSSLESS)
 @given(bits=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=300))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_lossless_chains_keep_every_bit(text: str, bits: list[float]) -> None:
     values = torch.tensor(bits, dtype=torch.float32)
     coder = Coder(parse(text))
@@ -77,7 +77,7 @@ def test_lossless_chains_keep_every_bit(text: str, bits: list[float]) -> None:
 
 @pytest.mark.parametrize("text", ["bf16", "int8", "int4", "int2", "nf4", "sign", "topk:0.5,int4", "int4:stochastic"])
 @given(values=st.lists(st.floats(width=32, min_value=-6e4, max_value=6e4), min_size=1, max_size=600))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_finite_values_stay_finite_and_near(text: str, values: list[float]) -> None:
     given_, coder = torch.tensor(values, dtype=torch.float32), Coder(parse(text))
     back = coder.decode(coder.encode(given_), len(values))
@@ -147,7 +147,7 @@ def test_positions_take_little_more_than_their_entropy(share: float) -> None:
 
 
 @given(st.sets(st.integers(0, 999), min_size=1, max_size=200))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_positions_come_back(places: set[int]) -> None:
     positions = torch.tensor(sorted(places))
     back, _ = sparse.read(memoryview(sparse.write(positions, 1000)), len(places), 1000)

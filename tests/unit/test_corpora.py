@@ -113,7 +113,7 @@ def test_bad_content_is_one_line_with_its_place(tmp_path, content, where):
     assert str(path) in str(caught.value) and where in str(caught.value) and "\n" not in str(caught.value)
 
 
-@tried(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@tried(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     content=st.one_of(
         st.binary(max_size=200),
@@ -139,7 +139,7 @@ def test_any_bytes_are_rows_or_one_line(tmp_path, content, suffix, packed):
 PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0" * (sys.version_info < (3, 11))), max_size=20)
 
 
-@tried(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@tried(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(rows=st.lists(st.tuples(PLAIN, PLAIN, PLAIN), min_size=1, max_size=5), kind=st.sampled_from(["csv", "json", "array"]))
 def test_any_text_comes_back_as_it_was(tmp_path, rows, kind):
     path, names = tmp_path / f"rows.{'csv' if kind == 'csv' else 'json'}", ("instruction", "input", "response")

@@ -75,7 +75,7 @@ def test_a_tie_goes_to_the_even_grid_step() -> None:
 
 
 @given(SEEDS, SIZES, st.randoms(use_true_random=False))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_order_gives_the_same_bits(seed: int, count: int, random: object) -> None:
     updates = drawn(seed, count)
     scale = scale_of(updates)
@@ -85,7 +85,7 @@ def test_any_order_gives_the_same_bits(seed: int, count: int, random: object) ->
 
 
 @given(st.lists(st.sampled_from([0.5, -0.5, 1.5, 2.5, -1.5, 0.25]), min_size=2, max_size=6), st.randoms(use_true_random=False))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_ties_do_not_depend_on_the_order(values: list[float], random: object) -> None:
     """A sum that is rounded as a whole would round ties by its own parity, which depends on what was added before."""
     updates = [sent(1, value) for value in values]
@@ -95,7 +95,7 @@ def test_ties_do_not_depend_on_the_order(values: list[float], random: object) ->
 
 
 @given(SEEDS, st.integers(2, 6), st.integers(1, 5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_partial_sums_of_any_grouping_are_those_of_the_flat_sum(seed: int, count: int, cut: int) -> None:
     """In units of the grid every partial sum is a whole number that float64 holds, whoever adds it up."""
     updates = drawn(seed, count)
@@ -109,7 +109,7 @@ def test_partial_sums_of_any_grouping_are_those_of_the_flat_sum(seed: int, count
 
 
 @given(SEEDS, SIZES, st.sampled_from([2.0**-6, 1.0, 2.0**6]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_error_is_that_of_rounding_to_float32(seed: int, count: int, spread: float) -> None:
     """Against exact fractions: half a unit in the last place of float32, and the grid, which is far finer than the largest."""
     updates = drawn(seed, count, spread)

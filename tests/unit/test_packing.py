@@ -97,7 +97,7 @@ def test_models_that_mix_samples_are_refused(made):
         models.require_packing(made().eval(), "this one")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=st.lists(st.integers(2, 30), min_size=1, max_size=60), max_length=st.integers(30, 90))
 def test_every_sample_is_in_one_row_and_no_row_is_too_long(lengths, max_length):
     rows = [Example(list(range(i, i + n)), [IGNORED, *range(i + 1, i + n)], f"r{i}") for i, n in enumerate(lengths)]

@@ -149,7 +149,7 @@ def test_chat_is_the_tokenizers_own_template_without_a_second_bos():
         render("a", "b", "chat")
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     prompt=st.integers(0, 90),
     response=st.integers(0, 90),

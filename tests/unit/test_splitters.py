@@ -26,7 +26,7 @@ def entropy(mix):
     return -sum(num / total * math.log(num / total) for num in mix.values())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     labels=st.lists(st.sampled_from("abcde"), min_size=24, max_size=120),
     clients=st.integers(1, 12),
@@ -77,7 +77,7 @@ def test_shards_have_equal_volume_and_few_categories():
         split(["a"] * 20, 11, "shards", 0, shards=2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(20, 200),
     clients=st.integers(1, 10),
@@ -180,7 +180,7 @@ def test_rows_of_a_test_split_follow_the_training_rows():
     assert mixes(["d"] * 45, follow(shares, ["d"] * 45, 0, strangers=True)) == [{"d": 31}, {"d": 10}, {"d": 4}]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(labels=st.lists(st.sampled_from("abc"), max_size=60), clients=st.integers(1, 6), seed=st.integers(0, 3))
 def test_what_follows_is_dealt_whole_and_only_to_owners(labels, clients, seed):
     train = list("abc" * 20)

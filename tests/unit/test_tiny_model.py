@@ -28,7 +28,7 @@ def test_folder_is_small_and_the_model_deep_and_long() -> None:
     assert config["vocab_size"] == len(TOKENIZER)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.text())
 def test_any_text_comes_back_from_its_tokens(text: str) -> None:
     assert TOKENIZER.decode(ids_of(text), skip_special_tokens=False) == text
