@@ -123,6 +123,8 @@ def start(config: Config, plain: Engine, device: torch.device) -> Engine:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # For inference only; it would take a compiler and a minute, and two clients of one machine would share its memory.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # A client may be one rank of a larger job, which ZeRO-3 takes for a mistake.
+    deepspeed.runtime.zero.partition_parameters._contradicting_single_rank_pg_error = lambda *_, **__: None
     wrapped: Any = deepspeed.initialize(
         args=SimpleNamespace(device_rank=device.index or 0),
         model=plain.model,
