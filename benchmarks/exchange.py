@@ -6,6 +6,10 @@ It starts its ranks (one server, the clients) and prints one JSON line. The floo
 per peer, in the same processes, round by round in turn with ours: gloo's broadcast and send/recv with a weighted mean, the
 same with bare mpi4py, or copies in memory where the ranks are threads. With --exchange collective it is the library's broadcast of
 the adapter and its reduce of the same float64 sums.
+
+--checked adds a second floor: the same library, and what no round of ours may leave out, in its plainest form: a checksum of every
+message at both ends, a look at the values of every update, and the exact mean in the place of the float32 one. What ours takes
+beyond that is the program's own.
 """
 
 import argparse
@@ -14,19 +18,78 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import ranks
 import torch
+import xxhash
 
 from fedmpi import transports
+from fedmpi.aggregation.mean import Sums, grid_scale, largest
+from fedmpi.federation.updates import Update
 from fedmpi.round import SERVER
 from fedmpi.tensors import Tensors
 from fedmpi.transports.base import Transport
 from fedmpi.world import from_environment
 
 WARM_UP = 3
+
+
+class Way(Protocol):
+    """What is done with the bytes, beside moving them."""
+
+    def look(self, flat: torch.Tensor) -> None:
+        """At what is sent, and at what has come."""
+
+    def add(self, flat: torch.Tensor, client: int) -> None:
+        """An update that has come."""
+
+    def mean(self) -> torch.Tensor:
+        """Of those that were added."""
+
+
+class Bare:
+    """The weighted mean in float32."""
+
+    def __init__(self, flat: torch.Tensor, weights: list[int]) -> None:
+        self.shares, self.sum = shares_of(weights), torch.zeros_like(flat)
+
+    def look(self, flat: torch.Tensor) -> None:
+        """Nobody does."""
+
+    def add(self, flat: torch.Tensor, client: int) -> None:
+        """By its share."""
+        self.sum.add_(flat, alpha=self.shares[client])
+
+    def mean(self) -> torch.Tensor:
+        """The sum is it."""
+        mean, self.sum = self.sum, torch.zeros_like(self.sum)
+        return mean
+
+
+class Checked:
+    """What a round of ours promises."""
+
+    def __init__(self, flat: torch.Tensor, weights: list[int]) -> None:
+        self.weights, self.like = weights, {"flat": torch.empty_like(flat, device="meta")}
+        self.sums: Sums | None = None
+
+    def look(self, flat: torch.Tensor) -> None:
+        """A checksum."""
+        xxhash.xxh3_64_intdigest(flat.numpy().data)
+
+    def add(self, flat: torch.Tensor, client: int) -> None:
+        """Exactly, once it is known to be finite."""
+        self.sums = self.sums or Sums.of(self.like, grid_scale(sum(self.weights), 1.0))
+        self.sums.take(Update(client, {"flat": flat}, {}, self.weights[client]), client, largest({"flat": flat}))
+
+    def mean(self) -> torch.Tensor:
+        """The quotient."""
+        assert self.sums is not None
+        mean, self.sums = self.sums.mean()["flat"], None
+        return mean
 
 
 class Floor(Protocol):
@@ -37,7 +100,7 @@ class Floor(Protocol):
     def meet(self) -> None:
         """Wait for all ranks."""
 
-    def round(self) -> None:
+    def round(self, way: Way) -> None:
         """Server to all, all to the server, weighted mean."""
 
     def collective_round(self) -> None:
@@ -62,19 +125,21 @@ class Gloo:
         """Wait for all ranks."""
         self.library.barrier()
 
-    def round(self) -> None:
+    def round(self, way: Way) -> None:
         """Server to all, all to the server, weighted mean."""
+        way.look(self.flat)
         if self.rank != SERVER:
             self.library.broadcast(self.buffers[0], SERVER)
+            way.look(self.buffers[0])
             self.library.send(self.flat, SERVER)
             return
         self.library.broadcast(self.flat, SERVER)
         works = [self.library.irecv(buffer, peer) for peer, buffer in enumerate(self.buffers, start=1)]
-        mean = torch.zeros_like(self.flat)
-        for work, buffer, share in zip(works, self.buffers, self.shares, strict=True):
+        for client, (work, buffer) in enumerate(zip(works, self.buffers, strict=True)):
             work.wait()
-            mean.add_(buffer, alpha=share)
-        self.flat = mean
+            way.look(buffer)
+            way.add(buffer, client)
+        self.flat = way.mean()
 
     def collective_round(self) -> None:
         """The same by a broadcast and a reduce in float64."""
@@ -104,22 +169,26 @@ class Mpi:
         self.sums = torch.zeros_like(flat, dtype=torch.float64)
 
     def meet(self) -> None:
-        """Wait for all ranks."""
-        self.world.Barrier()
+        """Wait for all ranks; asleep, since MPI's own waiting would take the cores from whoever still computes."""
+        all_here = self.world.Ibarrier()
+        while not all_here.Test():
+            time.sleep(1e-4)
 
-    def round(self) -> None:
+    def round(self, way: Way) -> None:
         """Server to all, all to the server, weighted mean."""
+        way.look(self.flat)
         if self.rank != SERVER:
             self.world.Bcast(self.buffers[0].numpy(), SERVER)
+            way.look(self.buffers[0])
             self.world.Send(self.flat.numpy(), SERVER)
             return
         self.world.Bcast(self.flat.numpy(), SERVER)
         requests = [self.world.Irecv(buffer.numpy(), peer) for peer, buffer in enumerate(self.buffers, start=1)]
-        mean = torch.zeros_like(self.flat)
         for _ in requests:
-            index = self.library.Request.Waitany(requests)
-            mean.add_(self.buffers[index], alpha=self.shares[index])
-        self.flat = mean
+            client = self.library.Request.Waitany(requests)
+            way.look(self.buffers[client])
+            way.add(self.buffers[client], client)
+        self.flat = way.mean()
 
     def collective_round(self) -> None:
         """The same by a broadcast and a reduce in float64."""
@@ -141,7 +210,7 @@ class Copies:
     """Threads share memory, so the least is to copy: down into each client's buffer, up into the server's. The server does it."""
 
     def __init__(self, flat: torch.Tensor, transport: Transport, weights: list[int], barrier: threading.Barrier) -> None:
-        self.flat, self.transport, self.shares, self.barrier = flat, transport, shares_of(weights), barrier
+        self.flat, self.transport, self.barrier = flat, transport, barrier
         self.buffers = [(torch.empty_like(flat), torch.empty_like(flat)) for _ in weights] if transport.rank == SERVER else []
         self.sent = [ranks.adapter(flat.numel() * 4, seed=client + 1) for client in range(len(weights))] if self.buffers else []
 
@@ -155,13 +224,19 @@ class Copies:
         """Threads have no library that could do it."""
         raise NotImplementedError
 
-    def round(self) -> None:
+    def round(self, way: Way) -> None:
         """Server to all, all to the server, weighted mean."""
-        mean = torch.zeros_like(self.flat) if self.buffers else self.flat
-        for (down, up), tensors, share in zip(self.buffers, self.sent, self.shares, strict=False):
+        if not self.buffers:
+            return
+        way.look(self.flat)
+        for client, ((down, up), tensors) in enumerate(zip(self.buffers, self.sent, strict=True)):
             down.copy_(self.flat)
-            mean.add_(torch.cat([tensor.view(-1) for tensor in tensors.values()], out=up), alpha=share)
-        self.flat = mean
+            way.look(down)
+            torch.cat([tensor.view(-1) for tensor in tensors.values()], out=up)
+            for _ in range(2):  # who sends it, who gets it
+                way.look(up)
+            way.add(up, client)
+        self.flat = way.mean()
 
     def total(self, value: float) -> float:
         """All ranks are one process, whose clock has counted for all."""
@@ -197,16 +272,22 @@ def measure(asked: argparse.Namespace, transport: Transport, make_floor: Callabl
         ours()
     peak = ranks.peak_rss_mb()  # before the floor takes its buffers
     floor = make_floor(flat_of(mine), weights)
-    theirs = floor.collective_round if asked.exchange == "collective" else floor.round
+    rounds_of: dict[str, Callable[[], None]] = {"ours": ours}
+    rounds_of["floor"] = (
+        floor.collective_round if asked.exchange == "collective" else partial(floor.round, Bare(floor.flat, weights))
+    )
+    if asked.checked:
+        rounds_of["checked"] = partial(floor.round, Checked(floor.flat, weights))
     for _ in range(WARM_UP):
-        theirs()
-    seconds: dict[str, list[float]] = {"ours": [], "floor": []}
+        for name in list(rounds_of)[1:]:
+            rounds_of[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in rounds_of}
     cpu = dict.fromkeys(seconds, 0.0)
     for index in range(asked.rounds):
-        for name in ("ours", "floor") if index % 2 else ("floor", "ours"):
+        for name in rounds_of if index % 2 else reversed(rounds_of):
             floor.meet()
             began, cpu_began = time.perf_counter(), time.process_time()
-            ours() if name == "ours" else theirs()
+            rounds_of[name]()
             seconds[name].append(time.perf_counter() - began)
             floor.meet()  # what our threads do after the round is ours too
             cpu[name] += time.process_time() - cpu_began
@@ -230,6 +311,15 @@ def report(
         raise SystemExit(f"our mean and the floor's differ by {difference}")
     ours, floor = statistics.median(seconds["ours"]), statistics.median(seconds["floor"])
     pairs = sorted(a / b for a, b in zip(seconds["ours"], seconds["floor"], strict=True))
+    checked = {}
+    if asked.checked:
+        promised = statistics.median(seconds["checked"])
+        checked = {
+            "checked_floor_sec_per_round_median": promised,
+            "checked_floor_ratio_to_floor": promised / floor,
+            "checked_floor_cpu_s_all_ranks": cpu["checked"],
+            "ratio_to_checked_floor": ours / promised,
+        }
     ranks.show(
         {
             "system": "fedmpi",
@@ -248,6 +338,7 @@ def report(
             "cpu_s_all_ranks": cpu["ours"],
             "floor_cpu_s_all_ranks": cpu["floor"],
             "cpu_ratio": cpu["ours"] / cpu["floor"],
+            **checked,
             "startup_s": started_s,
             "server_peak_rss_mb": peak,
         }
@@ -271,7 +362,10 @@ def main() -> None:
     parser.add_argument("--launcher", choices=("torchrun", "mpirun", "in_process"), default="torchrun")
     parser.add_argument("--exchange", choices=("star", "collective"), default="star")
     parser.add_argument("--apart", type=int, default=0, help="1: as if each rank were on a machine of its own")
+    parser.add_argument("--checked", type=int, default=0, help="1: a second floor, which checks and is exact too")
     asked = parser.parse_args()
+    if asked.checked and asked.exchange == "collective":
+        parser.error("--checked: the floor of collectives adds up in float64 already; leave it out")
     if asked.exchange == "collective" and asked.launcher == "in_process":
         parser.error("--exchange collective: threads have no library to compare with; give --launcher torchrun or mpirun")
     torch.set_num_threads(1)

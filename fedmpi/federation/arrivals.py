@@ -12,7 +12,7 @@ This module must never know what is done with updates.
 """
 
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -49,6 +49,7 @@ class Tally:
     outcome: Outcome
     ledger: Ledger
     check: Check | None = None
+    leaving: Callable[[], None] | None = None  # waits for the end of the broadcast
     began: float = field(default_factory=time.monotonic)
 
     def judged(self, outcomes: Iterable[Update | Failure]) -> Iterator[Update]:
@@ -85,6 +86,8 @@ class Tally:
     def close(self) -> None:
         """Every client has answered: the verdict. What is summed over clients later must not depend on who came first."""
         outcome = self.outcome
+        if self.leaving is not None:
+            self.leaving()
         outcome.gather_s = time.monotonic() - self.began
         outcome.metrics = dict(sorted(outcome.metrics.items()))
         self.conductor.judge(self.rnd, outcome.counted, {c: str(f) for c, f in outcome.failures.items()})

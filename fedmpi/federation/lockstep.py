@@ -27,6 +27,7 @@ from fedmpi.federation.outbox import Outbox
 from fedmpi.federation.owned import Owned
 from fedmpi.federation.post import Post, content
 from fedmpi.federation.roll import Roll
+from fedmpi.federation.spread import Spread
 from fedmpi.federation.sums import Answers, Own, Terms, send
 from fedmpi.federation.turns import C, Turns, hand_in, overtaken
 from fedmpi.federation.updates import Failure, Outcome, Update, Vault
@@ -73,9 +74,10 @@ class Federation:
         self._sent: Tensors = {}  # the round's broadcast, where updates are compared with it
         self._standing: dict[int, str] = {}  # on the server: which state of each client counts, by digest
         self._held: Tensors = {}  # the last broadcast that came here, where the next one may stand on it
-        self._moved = Moved() if self.halves and self.down.raw and self._joint is None else None
-        self._levelling = Levelling(self.ground, self.placement) if self.ground is not None else None
         self.roll = Roll(self.placement, self.post, self.ledger, self.goes_on) if self.post and self.rank == SERVER else None
+        moved = Moved() if self.halves and self.down.raw and self._joint is None else None
+        levelling = Levelling(self.ground, self.placement) if self.ground is not None else None
+        self._spread = Spread(self.placement, self.ledger, self.downlink, self.post, self.roll, levelling, moved)
 
     # ---- what an algorithm calls ----------------------------------------------------------------------------------------------
 
@@ -100,7 +102,7 @@ class Federation:
         if self._joint is not None:
             sent = self._joint.receive(rnd) if tensors is None else self._joint.spread(rnd, tensors)
         elif tensors is not None:
-            sent = self._spread(rnd, tensors)
+            sent = self._spread.send(rnd, tensors)
         elif self.post is None or not self._hosted_in(rnd):
             return {}
         else:
@@ -120,9 +122,9 @@ class Federation:
             post.expected(message, Kind.BROADCAST, rnd.index)
             received = post.keep(message) if self._meeting.leads else None
         message.release()
-        if received is not None and self._moved is not None:
+        if received is not None and self._spread.moved is not None:
             received = {**self._held, **received}
-        self._held = received if received is not None and (self.down.delta or self._moved is not None) else {}
+        self._held = received if received is not None and (self.down.delta or self._spread.moved is not None) else {}
         if self._meeting.inner is not None:
             return self._meeting.inner.share(received)
         assert received is not None
@@ -146,7 +148,7 @@ class Federation:
         if self.terms is not None and self.post is not None:
             return self._reduced(rnd, outcomes, self.terms, self.post)
         if self.conductor is not None:
-            tally = Tally(rnd, self.conductor, self.outcome, self.ledger, check)
+            tally = Tally(rnd, self.conductor, self.outcome, self.ledger, check, self._spread.leaving)
             if self.post is None:
                 return tally.judged(map(self._turns.settled, outcomes))
             assert self.roll is not None
@@ -173,7 +175,7 @@ class Federation:
     def _reduced(self, rnd: Round, outcomes: Iterable[Update | Failure], terms: Terms, post: Post) -> Iterable[Update]:
         """Each rank adds up what its own clients made, and looks at it before; the server gets the sums, for an exact mean."""
         if self.conductor is not None:
-            tally = Tally(rnd, self.conductor, self.outcome, self.ledger)
+            tally = Tally(rnd, self.conductor, self.outcome, self.ledger, leaving=self._spread.leaving)
             return Added(Answers(post, self.placement, tally, self._sent), self._joint)
         own = Own(terms, rnd, terms.check(self._sent, rnd))
         own.hand_in(post, map(self._turns.settled, outcomes))
@@ -208,7 +210,7 @@ class Federation:
             return self.answer(tensors)
         assert self.roll is not None
         asked = self.roll.leaders
-        self._level({leader: self.placement.hosted_by(leader)[0] for leader in asked}, -1)
+        self._spread.level({leader: self.placement.hosted_by(leader)[0] for leader in asked}, -1)
         self.ledger.asked_bytes += num_bytes(tensors) * len(asked)
         return scores.ask(self.roll, asked, tensors)
 
@@ -246,11 +248,7 @@ class Federation:
             self.roll.note(event="supply", rank=peer, supply_bytes=given)
             return False
         self._meeting.readmit(peer, said, self._standing, self.post)
-        self.downlink.forget(peer)
-        if self._moved is not None:
-            self._moved.forget(peer)
-        if self._levelling is not None:
-            self._levelling.forget(peer)
+        self._spread.forget(peer)
         return True
 
     def farewell(self) -> None:
@@ -295,38 +293,6 @@ class Federation:
             message = post.receive({SERVER}, phase)
         return message
 
-    def _level(self, holders: Mapping[int, int], round_index: int) -> None:
-        """Bring these ranks' base up to date before they get anything that stands on it."""
-        if self._levelling is not None:
-            self._levelling.bring_up(self.post, self.ledger, holders, round_index)
-
     def _hosted_in(self, rnd: Round) -> list[int]:
         hosted = set(self.placement.hosted_by(self.rank))
         return [client for client in rnd.cohort if client in hosted]
-
-    # ---- the server's side ----------------------------------------------------------------------------------------------------
-
-    def _spread(self, rnd: Round, tensors: Tensors) -> Tensors:
-        """One copy to each rank that hosts a client of the cohort; alone, one for each client."""
-        alone = self.post is None
-        first = {client if alone else self.placement.leader_of[client]: client for client in reversed(rnd.cohort)}
-        self._level(first, rnd.index)
-        coded = None if self.down.raw else self.downlink.encode(tensors, rnd)
-        able = set() if coded is None else self.downlink.readers(first)
-        if coded is not None and self.post is not None:
-            self.post.send_coded(sorted(able), coded, rnd.index)
-        decoded = tensors if coded is None else coded.finished().tensors
-        self.downlink.told(first)
-        whole = first.keys() - able
-        parts = [(decoded, whole)] if self._moved is None else self._moved.parts(decoded, whole)
-        sizes = {first[holder]: num_bytes(part) for part, holders in parts for holder in holders}
-        sizes |= {first[holder]: coded.num_bytes for holder in able} if coded is not None else {}
-        if self.post is None:
-            self.ledger.down.update(sizes)
-            return decoded
-        for part, holders in parts:
-            self.post.send_tensors(sorted(holders), Kind.BROADCAST, part, rnd.index)
-        for leader in first:  # members wait on their own link until it is time to turn to their leader
-            self.post.send_bytes(self.placement.seat_of(leader)[1:], Kind.BROADCAST, b"", rnd.index)
-        self.ledger.down.update({c: sizes[c] for h, c in first.items() if self.roll is None or h not in self.roll.gone})
-        return decoded

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fedmpi.codecs import Chains
-from fedmpi.errors import ProtocolError
+from fedmpi.errors import LinkError, ProtocolError
 from fedmpi.federation.coding import CHUNK_BYTES, Decoding, Encoding
 from fedmpi.federation.known import Known
 from fedmpi.manifest import Manifest, Packed, manifest_of, unpack
@@ -34,6 +34,7 @@ class Post:
         self._told: set[tuple[int, int]] = set()  # (peer, hash) that this rank has announced
         self._last: tuple[tuple[object, ...], Manifest] | None = None
         self.on_lost: Callable[[], None] | None = None  # told of a failed sending, which then is no error
+        self._leaving: Callable[[], Mapping[int, LinkError]] | None = None  # what is under way behind what this rank does
 
     def receive(self, peers: Collection[int], phase: str) -> Message:
         """The next message of any of these peers, manifests aside: those are learnt on the way."""
@@ -73,10 +74,12 @@ class Post:
         round_index: int,
         client: int = -1,
         note: Mapping[str, Any] | None = None,
+        behind: bool = False,
     ) -> Tensors:
         """Tensors, and one small object before them, to each of these peers; gives back what they will decode.
 
-        To one peer, chunks are put together on the way; for several, before it, lest each of them has its own.
+        To one peer, chunks are put together on the way; for several, before it, lest each of them has its own. Where they may leave
+        behind other work, they must not change until `all_left`.
         """
         manifest = self.manifest_of(tensors)
         for peer in peers:
@@ -84,7 +87,7 @@ class Post:
         header = Header(kind, round_index, client, manifest.num_bytes, manifest.hash)
         said = b"" if note is None else json.dumps(note).encode()
         packed: Payload = Packed(tensors, manifest)
-        self._send(peers, header, packed if len(peers) == 1 else packed[: len(packed)], said)
+        self._send(peers, header, packed if len(peers) == 1 else packed[: len(packed)], said, behind)
         return tensors  # raw bytes are decoded to what they were
 
     def send_coded(
@@ -201,11 +204,22 @@ class Post:
         traffic = (*self.transport.sent.values(), *self.transport.received.values(), *self.transport.past)
         return sum(way.payload_bytes + way.header_bytes for way in traffic)
 
-    def _send(self, peers: Collection[int], header: Header, payload: Payload, note: bytes = b"") -> None:
-        if not peers:
+    def _send(self, peers: Collection[int], header: Header, payload: Payload, note: bytes = b"", behind: bool = False) -> None:
+        """One message at a time is under way, so that peers hear in the order in which they are spoken to."""
+        self.all_left()
+        if peers:
+            with self.apart():
+                self._leaving = self.transport.send_all(peers, header, payload, note)
+        if not behind:
+            self.all_left()
+
+    def all_left(self) -> None:
+        """Return when nothing is under way any more, or it is known what will not arrive."""
+        left, self._leaving = self._leaving, None
+        if left is None:
             return
         with self.apart():
-            failed = self.transport.send_all(peers, header, payload, note)
+            failed = left()
         for error in failed.values():
             if self.on_lost is None:
                 raise error

@@ -75,16 +75,25 @@ class Transport:
 
     def send_all(
         self, peers: Collection[int], header: Header, payload: Payload | None = None, note: bytes = b""
-    ) -> dict[int, LinkError]:
-        """Send one message to several peers at once; a slow or lost one holds up nobody. Gives failures by peer."""
+    ) -> Callable[[], dict[int, LinkError]]:
+        """Begin to send one message to several peers at once; a slow or lost one holds up nobody.
+
+        What is given back waits until all of it has left, and gives failures by peer. What comes behind it is sent after that.
+        """
         message = Outgoing(header, payload, self._chunk_bytes, note)
         if len(peers) == 1 or is_small(message.header):  # it fits into any peer's buffers: other threads would cost more
-            failed = {peer: error for peer in peers if (error := self._try(peer, message)) is not None}
+            tried = {peer: self._try(peer, message) for peer in peers}
+            ends: Callable[[int], LinkError | None] = tried.__getitem__
         else:
             sending = {peer: self._senders.submit(self._try, peer, message) for peer in peers}
-            failed = {peer: error for peer, future in sending.items() if (error := future.result()) is not None}
-        self.check(header.kind.name)
-        return failed
+            ends = lambda peer: sending[peer].result()  # noqa: E731
+
+        def left() -> dict[int, LinkError]:
+            failed = {peer: error for peer in peers if (error := ends(peer)) is not None}
+            self.check(header.kind.name)
+            return failed
+
+        return left
 
     def receive(self, peers: Collection[int] | None = None, phase: str = "receive") -> Message:
         """The next message, or part of one, in arrival order, of any of these peers (default: all). Waits while all of them live.

@@ -79,6 +79,9 @@ class PipeWire:
         for part in parts:
             self._outgoing.write(part)
 
+    def flush(self) -> None:
+        """Nothing to wait for: `write` has waited."""
+
     def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
         """Fill the parts, one after the other."""
         for part in parts:

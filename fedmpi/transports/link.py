@@ -34,6 +34,9 @@ class Wire(Protocol):
     def write(self, *parts: memoryview) -> None:
         """Send all bytes of the parts, each as a piece that the other side reads in the same size."""
 
+    def flush(self) -> None:
+        """Return when all that was written may be overwritten."""
+
     def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
         """Fill the parts, none of which is empty; `heard` is called when some of it has come."""
 
@@ -112,6 +115,7 @@ class Link:
         for parts in message.parts():
             self._wire.write(*parts)
             self.spoke = monotonic()
+        self._wire.flush()
         self.sent.count(message.header, message.payload_bytes)
 
     def _beat(self) -> None:

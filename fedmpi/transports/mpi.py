@@ -52,6 +52,9 @@ class MpiWire:
         """Post all parts, then wait for them."""
         self._do(lambda: [self._comm.Isend([part, self._byte], self._peer, self._tag) for part in parts], False)
 
+    def flush(self) -> None:
+        """Nothing to wait for: `write` has waited."""
+
     def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
         """Post all parts, then wait for them."""
         self._do(lambda: [self._comm.Irecv([part, self._byte], self._peer, self._tag) for part in parts], True)

@@ -15,6 +15,7 @@ import secrets
 import socket
 import struct
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -26,6 +27,7 @@ from fedmpi.tensors import lent, room
 from fedmpi.transports.sockets import LEFT, fill, shut
 
 LENT_BYTES = 64 << 10  # shorter pieces go through the socket: to lend takes two wake-ups
+MOST_LENT = 2  # pieces at a time: one is copied while the next is made ready
 PATIENCE_S, CALLER_S = 10.0, 1.0  # for a client that has said that it called, and for what a caller says of itself
 DONE = b"."
 
@@ -37,11 +39,12 @@ class SharedWire:
 
     def __init__(self, outgoing: socket.socket, incoming: socket.socket) -> None:
         self._out, self._in = outgoing, incoming
+        self._lent: deque[memoryview] = deque()  # what the other side has not said that it has copied
         for one in (outgoing, incoming):
             weakref.finalize(self, one.close)
 
     def write(self, *parts: memoryview) -> None:
-        """Send all parts; those that are lent are free again when this returns."""
+        """Send all parts. Those that are lent are held until they were copied, so that the next are made ready meanwhile."""
         try:
             short: list[memoryview] = []
             for part in parts:
@@ -52,6 +55,14 @@ class SharedWire:
                 short = []
                 self._lend(part)
             self._out.sendall(b"".join(short))
+        except OSError as error:
+            raise ConnectionError(error.strerror or str(error)) from None
+
+    def flush(self) -> None:
+        """Wait until nothing is lent any more."""
+        try:
+            while self._lent:
+                self._given_back()
         except OSError as error:
             raise ConnectionError(error.strerror or str(error)) from None
 
@@ -79,11 +90,17 @@ class SharedWire:
             np.copyto(copied.numpy(), np.frombuffer(part, np.uint8))
             place = lent(part := copied.numpy().data)
         assert place is not None
+        while len(self._lent) >= MOST_LENT:
+            self._given_back()
         file, start = place
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file]))]
         self._out.sendmsg([_PLACE.pack(start, len(part))], rights)
+        self._lent.append(part)
+
+    def _given_back(self) -> None:
         if not self._out.recv(1):
             raise ConnectionError(LEFT)
+        self._lent.popleft()
 
     def _borrow(self, part: memoryview) -> None:
         said, files, *_ = socket.recv_fds(self._in, _PLACE.size, 1, socket.MSG_CMSG_CLOEXEC)

@@ -40,6 +40,9 @@ class SocketWire:
         except OSError as error:
             raise ConnectionError(error.strerror or str(error)) from None
 
+    def flush(self) -> None:
+        """Nothing to wait for: the system has a copy."""
+
     def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
         """Fill all parts. Over a slow link a single one may take minutes."""
         try:

@@ -124,6 +124,10 @@ class Damaged:
         """Late, or with a bit turned."""
         self._wire.write(*self._probe.written(self._rank, parts))
 
+    def flush(self) -> None:
+        """As it is."""
+        self._wire.flush()
+
     def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
         """As it comes."""
         self._wire.read(*parts, heard=heard)

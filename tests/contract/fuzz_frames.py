@@ -44,6 +44,9 @@ class Tape:
         """Record."""
         self.pieces += [bytes(part) for part in parts]
 
+    def flush(self) -> None:
+        """All is recorded."""
+
     def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
         """Play back."""
         for part in parts:

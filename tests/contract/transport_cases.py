@@ -66,7 +66,7 @@ def meet(t: Transport) -> None:
     else:
         for peer in t.peers:
             assert t.receive([peer], "meet").header.kind == Kind.HELLO
-        assert t.send_all(t.peers, Header(Kind.WELCOME)) == {}
+        assert t.send_all(t.peers, Header(Kind.WELCOME))() == {}
 
 
 def order(t: Transport) -> None:
@@ -86,7 +86,7 @@ def order(t: Transport) -> None:
         assert content(message) == pattern(sizes[number], number)
         seen[message.peer] += 1
     for number in range(40):
-        t.send_all(t.peers, Header(Kind.BROADCAST, number), memoryview(pattern(number * 997, number)))
+        t.send_all(t.peers, Header(Kind.BROADCAST, number), memoryview(pattern(number * 997, number)))()
 
 
 def sizes(t: Transport) -> None:
@@ -96,7 +96,7 @@ def sizes(t: Transport) -> None:
     for number in lengths:
         data = pattern(number, number)
         if t.rank == 0:
-            assert t.send_all(t.peers, Header(Kind.BROADCAST, 3, manifest=2**64 - 1), memoryview(data)) == {}
+            assert t.send_all(t.peers, Header(Kind.BROADCAST, 3, manifest=2**64 - 1), memoryview(data))() == {}
             assert all(content(t.receive([peer], "sizes")) == data for peer in t.peers)
         else:
             message = t.receive([0], "sizes")
@@ -118,7 +118,7 @@ def counters(t: Transport) -> None:
         last.count(message.header, message.header.length)
         up = [all_ - one for all_, one in zip(numbers(t.received[peer]), numbers(last), strict=True)]
         assert content(message).decode() == f"{up} {numbers(t.sent[peer])}"
-    t.send_all(t.peers, Header(Kind.ROUND))
+    t.send_all(t.peers, Header(Kind.ROUND))()
 
 
 def numbers(traffic: Traffic) -> list[int]:
@@ -138,7 +138,7 @@ def arrival(t: Transport) -> None:
             got.append(t.receive(None, "arrival").peer)
         assert list(dict.fromkeys(got)) == list(reversed(t.peers))
         assert all(got.count(peer) == peer for peer in t.peers)
-        t.send_all(t.peers, Header(Kind.ROUND))
+        t.send_all(t.peers, Header(Kind.ROUND))()
     else:
         t.receive([0], "arrival")
         for _ in range(t.rank):
@@ -173,7 +173,7 @@ def in_chunks(t: Transport) -> None:
         t.receive([0], "in_chunks")
         return
     t.in_chunks = frozenset({Kind.UPDATE})
-    t.send_all(t.peers, Header(Kind.ROUND))
+    t.send_all(t.peers, Header(Kind.ROUND))()
     until(lambda: t._inbox._in_use == NUM_CHUNKS)
     whole: dict[int, bytes] = dict.fromkeys(t.peers, b"")
     for _ in range(2 * len(t.peers) * 32):
@@ -187,7 +187,7 @@ def in_chunks(t: Transport) -> None:
             whole[message.peer] = b""
     assert not any(whole.values()) and t._inbox._in_use == 0
     t.in_chunks = frozenset()
-    t.send_all(t.peers, Header(Kind.ROUND))
+    t.send_all(t.peers, Header(Kind.ROUND))()
 
 
 def busy(t: Transport) -> None:
@@ -363,14 +363,14 @@ def dies(t: Transport) -> str | None:
         t.receive([0], "go")
         die(t)
     elif t.rank == 0:
-        t.send_all(t.peers, Header(Kind.ROUND, 6))
+        t.send_all(t.peers, Header(Kind.ROUND, 6))()
         before = time.monotonic()
         with raises(PeerLost, match="gather, round 6: rank 2 is gone") as caught:
             t.receive([2], "gather")
         assert time.monotonic() - before < t.timeout_s / 2
         with raises(PeerLost, match="rank 2"):
             t.send(2, Header(Kind.ROUND, 7))
-        assert list(t.send_all([1, 2], Header(Kind.ROUND, 7))) == [2]
+        assert list(t.send_all([1, 2], Header(Kind.ROUND, 7))()) == [2]
         assert t.receive([1], "gather").header.round == 1
         return str(caught.value)
     else:
@@ -392,10 +392,10 @@ def breaks_off(t: Transport) -> str | None:
         die(t)
     elif t.rank == 0:
         t.in_chunks = frozenset({Kind.UPDATE})
-        t.send_all(t.peers, Header(Kind.ROUND, 6))
+        t.send_all(t.peers, Header(Kind.ROUND, 6))()
         parts = [t.receive([2], "gather") for _ in range(3)]
         assert [part.first for part in parts] == [0, CHUNK_BYTES, 2 * CHUNK_BYTES] and not parts[-1].last
-        t.send_all(t.peers, Header(Kind.ROUND, 6))
+        t.send_all(t.peers, Header(Kind.ROUND, 6))()
         with raises(PeerLost, match="gather, round 6: rank 2 is gone after 15000 of 200000 bytes of its UPDATE") as caught:
             t.receive([2], "gather")
         assert t.receive([1], "gather").header.round == 1
@@ -464,7 +464,7 @@ def leaves(t: Transport) -> str | None:
     if t.rank == 0:
         with raises(PeerLost, match="gather, round \\d+: rank 1 has left in good order"):
             t.receive([1], "gather")
-        t.send_all([2, 3], Header(Kind.ROUND))
+        t.send_all([2, 3], Header(Kind.ROUND))()
         return "rank 1 has left in good order"
     if t.rank > 1:
         t.receive([0], "last")
@@ -482,7 +482,7 @@ def welcome_back(t: Transport) -> None:
             t.receive([2], "gather")
         t.reopen(2)
         assert t.receive([2], "back").header.round == 9
-        assert t.send_all(t.peers, Header(Kind.ROUND, 10)) == {}
+        assert t.send_all(t.peers, Header(Kind.ROUND, 10))() == {}
         return
     if t.rank == 2:
         update(t, 9)

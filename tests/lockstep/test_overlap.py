@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 
 from fedmpi.errors import ConfigError, LinkError
+from fedmpi.federation.arrivals import Arrivals, Begun
 from fedmpi.federation.outbox import Outbox
 from fedmpi.federation.post import Post
+from fedmpi.messages import Kind
 from fedmpi.transports import in_process
+from fedmpi.transports.base import Transport
+from fedmpi.transports.outgoing import Outgoing
 from tests.lockstep.ranks import STOPS, adapter, recipe, run
 from tests.lockstep.test_failures import Fails
 from tests.lockstep.test_sums import HOOK, plain
@@ -59,6 +63,31 @@ def test_a_round_that_does_not_count_is_scored_before_it(model_folder: Path, tmp
         assert run(recipe(*wanted, f"--eval.overlap={overlap}"), tmp_path / name, 2) == [0] * 2
     assert adapter(tmp_path / "with") == adapter(tmp_path / "without")
     assert sorted(map(str, told(tmp_path / "with"))) == sorted(map(str, told(tmp_path / "without")))
+
+
+def test_a_slow_link_holds_up_nobody_but_its_own_rank(
+    model_folder: Path, tmp_path: Path, without: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broadcast leaves for rank 2 only when an update of rank 1, which has it, is there."""
+    monkeypatch.setattr("fedmpi.transports.outgoing.SMALL_BYTES", 1024)  # what is small goes at once
+    deliver, end, arrived, in_time = Transport._deliver, Arrivals._end, threading.Event(), []
+
+    def late(self: Transport, peer: int, message: Outgoing) -> None:
+        if self.rank == 0 and peer == 2 and message.header.kind is Kind.BROADCAST:
+            in_time.append(arrived.wait(20))
+            arrived.clear()
+        deliver(self, peer, message)
+
+    def ends(self: Arrivals, begun: Begun) -> None:
+        arrived.set()
+        end(self, begun)
+
+    monkeypatch.setattr(Transport, "_deliver", late)
+    monkeypatch.setattr(Arrivals, "_end", ends)
+    assert run(recipe(*plain(model_folder), *SCORED), tmp_path, 3) == [0] * 3
+    assert in_time and in_time[0]
+    assert adapter(tmp_path) == adapter(without)
+    assert told(tmp_path) == told(without)
 
 
 def test_seconds_of_communication_are_told(without: Path) -> None:

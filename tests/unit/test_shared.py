@@ -58,6 +58,22 @@ def test_a_part_of_lendable_memory_is_lent_where_it_lies(ends: tuple[SharedWire,
     assert torch.equal(got, part)
 
 
+def test_the_next_pieces_are_made_ready_while_one_is_copied_and_none_is_free_before(ends: tuple[SharedWire, SharedWire]) -> None:
+    pieces = [room(NUM, torch.uint8, to_lend=True).random_(0, 256) for _ in range(shared.MOST_LENT)]
+    addresses = {piece.data_ptr() for piece in pieces}
+    wanted, got = [piece.clone() for piece in pieces], [torch.empty(NUM, dtype=torch.uint8) for _ in pieces]
+    for piece in pieces:
+        ends[0].write(piece.numpy().data)  # does not wait for anybody
+    del piece, pieces
+    assert room(NUM, torch.uint8, to_lend=True).data_ptr() not in addresses
+    thread = threading.Thread(target=ends[0].flush)
+    thread.start()
+    ends[1].read(*(part.numpy().data for part in got), heard=int)
+    thread.join()
+    assert all(map(torch.equal, got, wanted))
+    assert room(NUM, torch.uint8, to_lend=True).data_ptr() in addresses
+
+
 def test_nobody_else_can_change_lendable_memory_or_cut_it_short() -> None:
     values = room(NUM, torch.uint8, to_lend=True)
     found = lent(values.numpy().data)
@@ -107,7 +123,8 @@ def test_closing_wakes_who_waits_on_either_side(ends: tuple[SharedWire, SharedWi
 
     def wait(end: SharedWire) -> None:
         try:
-            end.write(memoryview(bytearray(num))) if do == "write" else end.read(memoryview(bytearray(num)), heard=int)
+            end.read(memoryview(bytearray(num)), heard=int) if do == "read" else end.write(memoryview(bytearray(num)))
+            end.flush()
         except ConnectionError as error:
             errors.append(error)
 
