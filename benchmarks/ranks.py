@@ -51,11 +51,15 @@ class Client:
 def adapter(num_bytes: int, seed: int) -> Tensors:
     """Pairs of LoRA factors that take `num_bytes` together; below one pair's size, one smaller pair."""
     generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes(num_bytes).items()}
+
+
+def shapes(num_bytes: int) -> dict[str, tuple[int, ...]]:
+    """Of its tensors, by name."""
     pairs, width = divmod(num_bytes, 8 * RANK * WIDTH)[0], WIDTH
     if not pairs:
         pairs, width = 1, max(1, num_bytes // (8 * RANK))
-    shapes = {f"layer{pair:05d}.{side}": (RANK, width)[:: -1 if side == "b" else 1] for pair in range(pairs) for side in "ab"}
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {f"layer{pair:05d}.{side}": (RANK, width)[:: -1 if side == "b" else 1] for pair in range(pairs) for side in "ab"}
 
 
 def weight_of(client: int) -> int:

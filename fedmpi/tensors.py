@@ -98,6 +98,17 @@ _lock = threading.Lock()
 _IDLE = _Room(_huge(1)).num_holders()
 
 
+@torch.no_grad()
+def copies(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Their values: CPU, fp32, contiguous, side by side in memory, ready to be sent from where they are."""
+    sizes = [tensor.numel() for tensor in tensors.values()]
+    values = room(sum(sizes), torch.float32, to_lend=4 * sum(sizes) >= LARGE_BYTES)
+    made = {name: part.view(tensors[name].shape) for name, part in zip(tensors, torch.split_with_sizes(values, sizes), strict=True)}
+    for name, tensor in tensors.items():
+        made[name].copy_(tensor)
+    return made
+
+
 def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     """Bytes that the tensors' elements take."""
     return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -11,7 +11,13 @@ digits, and one below 2**-46 * L may come out as 0.
 
 Updates may come in pieces, those of several updates in turn, and each is added while it is still in the cache. An update of which
 part was added and the rest cannot be is taken back: its pieces come once more and are subtracted, which is as exact as adding them
-was, so that nothing of it is left. This module must never know who sent what, or over what it came.
+was, so that nothing of it is left.
+
+The mean is made in the memory of its sums. An element of a mean takes no more bytes than its sum, so the last sums can lie in the
+memory that is to be the mean's: from the end to the beginning, no quotient reaches a sum that has not been divided yet. What other
+processes read is then as long as the mean, and a server holds its adapter and its sums, never a third thing.
+
+This module must never know who sent what, or over what it came.
 """
 
 import itertools
@@ -23,7 +29,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from fedmpi.errors import NonFinite, TrainingError
-from fedmpi.tensors import Tensors, room, same_names
+from fedmpi.tensors import Tensors, num_bytes, room, same_names
 
 _LIMIT = 2.0**53
 _BLOCK = 1 << 16  # elements; a block, its sums and its source stay in the second-level cache together
@@ -92,7 +98,8 @@ def mean_of(pieces: Iterable[Piece | Void], scale: int) -> Tensors:
             if sums is not None and piece.update in sums.weights:
                 raise TrainingError(f"update {piece.update} broke off, and what was added of it cannot be taken back")
             continue
-        sums = sums or Sums.of(piece.like, scale, piece.within)
+        if sums is None:
+            sums = Sums.of(piece.like, scale) if piece.within is None else Sums.together(piece.like, scale, piece.within)
         sums.add(piece)
     if sums is None or not sum(sums.weights.values()):
         raise TrainingError("the exact mean needs at least one update with a positive weight, found none")
@@ -182,18 +189,30 @@ class Sums:
 
     like: Tensors
     scale: int
-    values: torch.Tensor  # of which the first `_num_begun` count: the others are cleared when they are first added to
+    values: torch.Tensor  # of the first elements, or of all
+    quotient: torch.Tensor | None = None  # memory for the mean; until it is made, the sums of the last elements begin it
     weights: dict[int, int] = field(default_factory=dict)  # by update
-    _num_begun: int = 0
+    _num_begun: int = 0  # so many elements count: the others are cleared when they are first added to
     _there: dict[int, int] = field(default_factory=dict)  # by update, how many of its elements were added
     _most: dict[int, float] = field(default_factory=dict)  # by update, the largest magnitude so far, in grid steps
     _block: torch.Tensor = field(default_factory=lambda: torch.empty(_BLOCK, dtype=torch.float64))
 
+    def __post_init__(self) -> None:
+        self._num, self._cut = _num(self.like), len(self.values)
+        last = self._num - self._cut
+        self._last = torch.empty(0) if self.quotient is None else self.quotient[: 8 * last].view(torch.float64)
+
     @staticmethod
-    def of(like: Tensors, scale: int, values: torch.Tensor | None = None) -> "Sums":
-        """Of nothing yet."""
-        num = sum(tensor.numel() for tensor in like.values())
-        return Sums(like, scale, room(num, torch.float64) if values is None else values)
+    def of(like: Tensors, scale: int) -> "Sums":
+        """Of nothing yet, in memory of which a part will be the mean's."""
+        num, num_last = _num(like), num_bytes(like) // 8
+        quotient = room(_layout(like)[1], torch.uint8, to_lend=True)
+        return Sums(like, scale, room(num - num_last, torch.float64), quotient)
+
+    @staticmethod
+    def together(like: Tensors, scale: int, values: torch.Tensor | None = None) -> "Sums":
+        """Of nothing yet, side by side in memory of their own."""
+        return Sums(like, scale, room(_num(like), torch.float64) if values is None else values)
 
     def take(self, update: Weighted, number: int, most: float) -> None:
         """Add a whole update, which is none of those before and whose largest magnitude is known."""
@@ -206,9 +225,9 @@ class Sums:
             self._begin(piece)
         factor = 1.0 if piece.added else math.ldexp(piece.weight, self.scale)
         others = sum(most for update, most in self._most.items() if update != piece.update) + len(self._most)
-        stop = piece.first
-        for part in torch.split(piece.values, _BLOCK):
-            start, stop = stop, stop + part.numel()
+        spans = self._spans(piece.first, piece.first + piece.values.numel())
+        parts = torch.split_with_sizes(piece.values, [stop - start for start, stop in spans])
+        for (start, stop), part in zip(spans, parts, strict=True):
             most = max(self._most[piece.update], (magnitude(part) if piece.most is None else piece.most) * factor)
             if not others + most < _LIMIT:
                 self._refuse(piece)
@@ -218,10 +237,10 @@ class Sums:
 
     def _put(self, start: int, stop: int, part: torch.Tensor, piece: Piece, factor: float) -> None:
         """Add one block. Where nothing was before, it is made in place, and a zero has no sign, as if it had been added to one."""
-        there, first = self.values[start:stop], start == self._num_begun
+        there, first = self._at(start, stop), start == self._num_begun
         if stop > self._num_begun:
-            if not first:
-                self.values[self._num_begun : stop].zero_()
+            for low, high in () if first else self._spans(self._num_begun, stop):
+                self._at(low, high).zero_()
             self._num_begun = stop
         if first and piece.within is self.values:  # a sum of several ranks, one of which had zeros: there is no -0 in it
             return
@@ -233,6 +252,17 @@ class Sums:
         else:
             steps = part
         there.add_(0.0 if first else steps)
+
+    def _spans(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """These elements, cut into blocks that lie in one memory each."""
+        ends = [*range(start, stop, _BLOCK), stop]
+        if start < self._cut < stop:
+            ends = [*range(start, self._cut, _BLOCK), *range(self._cut, stop, _BLOCK), stop]
+        return list(itertools.pairwise(ends))
+
+    def _at(self, start: int, stop: int) -> torch.Tensor:
+        """The sums of such a block."""
+        return self.values[start:stop] if stop <= self._cut else self._last[start - self._cut : stop - self._cut]
 
     def _begin(self, piece: Piece) -> None:
         if piece.like is not self.like:
@@ -259,21 +289,40 @@ class Sums:
         )
 
     def mean(self) -> Tensors:
-        """The quotient, in the dtypes of the updates; tensors of one dtype are neighbours in one buffer."""
-        if broken := [update for update, num in self._there.items() if num != len(self.values)]:
+        """The quotient, in the dtypes of the updates, all in one memory. Once: the sums may be gone with it."""
+        if broken := [update for update, num in self._there.items() if num != self._num]:
             raise TrainingError(f"the exact mean lacks part of update {broken[0]}: it has {self._there[broken[0]]} of its elements")
         divisor = math.ldexp(sum(self.weights.values()), self.scale)
-        made: Tensors = {}
-        start = 0
-        for dtype, same in itertools.groupby(self.like.items(), key=lambda item: item[1].dtype):
-            tensors = dict(same)
-            sizes = [tensor.numel() for tensor in tensors.values()]
-            quotient = room(sum(sizes), dtype, to_lend=True)
-            for part, sum_ in zip(
-                torch.split(quotient, _BLOCK), torch.split(self.values[start : start + len(quotient)], _BLOCK), strict=True
-            ):
-                part.copy_(torch.div(sum_, divisor, out=self._block[: len(part)]))
-            parts = torch.split(quotient, sizes)
-            made.update({name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)})
-            start += len(quotient)
-        return made
+        places, size = _layout(self.like)
+        memory = room(size, torch.uint8, to_lend=True) if self.quotient is None else self.quotient
+        runs = [(first, memory[place : place + num * dtype.itemsize].view(dtype)) for dtype, first, num, place in places]
+        for first, run in reversed(runs):
+            for start, stop in reversed(self._spans(first, first + len(run))):
+                torch.div(self._at(start, stop), divisor, out=self._block[: stop - start])
+                run[start - first : stop - first].copy_(self._block[: stop - start])
+        return _named(self.like, [run for _, run in runs])
+
+
+def _num(like: Tensors) -> int:
+    return sum(tensor.numel() for tensor in like.values())
+
+
+def _layout(like: Tensors) -> tuple[list[tuple[torch.dtype, int, int, int]], int]:
+    """Neighbours of one dtype in one memory: the dtype, how many elements come before, how many there are, and at which byte they
+    begin; and the bytes of all."""
+    places, first, end = [], 0, 0
+    for dtype, same in itertools.groupby(like.values(), key=lambda tensor: tensor.dtype):
+        num, start = sum(tensor.numel() for tensor in same), -(-end // dtype.itemsize) * dtype.itemsize
+        places.append((dtype, first, num, start))
+        first, end = first + num, start + num * dtype.itemsize
+    return places, end
+
+
+def _named(like: Tensors, runs: list[torch.Tensor]) -> Tensors:
+    """Flat neighbours of one dtype, taken apart."""
+    made: Tensors = {}
+    for run, (_, same) in zip(runs, itertools.groupby(like.items(), key=lambda item: item[1].dtype), strict=True):
+        tensors = dict(same)
+        parts = torch.split_with_sizes(run, [tensor.numel() for tensor in tensors.values()])
+        made.update({name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)})
+    return made

@@ -21,16 +21,16 @@ class Scratch:
         self._folder, self._memory = folder, io.BytesIO()
         self._file: IO[bytes] | None = None
 
-    def write(self, place: int, data: memoryview) -> None:
-        """Put bytes at a place."""
+    def write(self, place: int, data: memoryview, end: int = 0) -> None:
+        """Put bytes at a place. What will reach to such an `end` never begins in memory: malloc would keep what it had grown to."""
         try:
-            self._write(place, data)
+            self._write(place, data, max(end, place + len(data)))
         except OSError as error:
             where = f"{self._folder}" if self._folder is not None else f"{tempfile.gettempdir()} (TMPDIR sets where that is)"
             raise CheckpointError(f"scratch space in {where} takes no more: {error.strerror}; free some, and start again") from None
 
-    def _write(self, place: int, data: memoryview) -> None:
-        if self._file is None and place + len(data) > IN_MEMORY_BYTES:
+    def _write(self, place: int, data: memoryview, end: int) -> None:
+        if self._file is None and end > IN_MEMORY_BYTES:
             self._to_file()
         if self._file is None:
             self._memory.seek(place)

@@ -26,7 +26,7 @@ class Sent(Weighted, Protocol):
     def client(self) -> int: ...
 
 
-HELD_BYTES = 32 << 20  # of pieces that may have to be taken back; what is more of them goes to scratch space
+HELD_BYTES = 20 << 20  # of pieces that may have to be taken back; what is more of them goes to scratch space
 U = TypeVar("U", bound=Sent)
 Places = dict[str, tuple[int, torch.Size, torch.dtype]]
 
@@ -93,7 +93,8 @@ class Spool:
         if tape.start < 0:
             tape.start = self._idle.pop() if self._idle else self._end  # all that are taped are alike
             self._end = max(self._end, tape.start + tape.num_bytes)
-        self._scratch.write(tape.start + sum(num * dtype.itemsize for _, num, dtype in tape.taken), _bytes(piece.values))
+        place = tape.start + sum(num * dtype.itemsize for _, num, dtype in tape.taken)
+        self._scratch.write(place, _bytes(piece.values), self._end)
         tape.taken.append((piece.first, piece.values.numel(), piece.values.dtype))
 
     def _backwards(self, tape: "_Tape") -> Iterator[Piece]:

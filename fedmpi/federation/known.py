@@ -53,7 +53,7 @@ class Parked:
         finalize(self, self._scratch.close)
         packed = Packed(known.tensors, self._manifest)
         for place in self._places():
-            self._scratch.write(place.start, packed[place])
+            self._scratch.write(place.start, packed[place], self._manifest.num_bytes)
 
     @property
     def tensors(self) -> Tensors:

@@ -68,7 +68,7 @@ class Own:
         weighed = replace(update, weight=weight_of(self.terms.weights, examples, update.metrics.get("examples", 0.0)))
         if self.sums is None:
             self.manifest = post.manifest_of(update.tensors)
-            self.sums = Sums.of(self.manifest.like, self.rnd.scale)
+            self.sums = Sums.together(self.manifest.like, self.rnd.scale)
         self.sums.take(weighed, update.client, most)
         return weighed
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmpi import models
 from fedmpi.seeding import seed_for
-from fedmpi.tensors import Tensors
+from fedmpi.tensors import Tensors, copies
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -72,7 +72,7 @@ class Base:
     def take(self, part: str | None = None) -> Tensors:
         """Copies of what is trained, or of one part of it, ready to be sent."""
         names = sorted(self.fresh if part is None else self.part(self.fresh, part))
-        taken = models.copies({inside: self.trained[inside] for inside in map(self._inside.__getitem__, names)})
+        taken = copies({inside: self.trained[inside] for inside in map(self._inside.__getitem__, names)})
         return dict(zip(names, taken.values(), strict=True))
 
     def wearing(self, adapter: Tensors | None) -> Any:
@@ -113,7 +113,7 @@ class Base:
         tokenizer = self.tokenizer if self.peft.init_text else None
         model = models.add_adapter(backbone, self.peft, self.seed, tokenizer, self.layers)
         trained = models.trained(model)
-        values = models.copies(trained)
+        values = copies(trained)
         names = {self.layout.original(name) if self.layout else name: name for name in values}
         return model, {name: values[inside] for name, inside in names.items()}, names, trained
 

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from fedmpi.models.adapters import adapted as adapted
     from fedmpi.models.adapters import add_adapter as add_adapter
     from fedmpi.models.adapters import bare as bare
-    from fedmpi.models.adapters import copies as copies
     from fedmpi.models.adapters import drop_where_trained as drop_where_trained
     from fedmpi.models.adapters import load_trainable as load_trainable
     from fedmpi.models.adapters import merged as merged
@@ -145,7 +144,6 @@ __getattr__ = door(
         **dict.fromkeys(
             (
                 "add_adapter",
-                "copies",
                 "trained",
                 "trainable",
                 "load_trainable",

@@ -19,7 +19,7 @@ from fedmpi.models.backbone import decoder_layers
 from fedmpi.models.folding import fold_in, names_of_changes
 from fedmpi.models.library import PeftModel, get_peft_model, get_peft_model_state_dict, without_optional
 from fedmpi.models.methods import describe, initialise, require_place
-from fedmpi.tensors import Tensors, save_file
+from fedmpi.tensors import Tensors, copies, save_file
 
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft 0.21 asks transformers 5.23 by an old name
 
@@ -67,17 +67,6 @@ def drop_where_trained(model: Any, dropout: float) -> None:
 def trainable(model: torch.nn.Module) -> Tensors:
     """Copies of what is trained, by parameter name in order."""
     return copies(trained(model))
-
-
-def copies(parameters: Mapping[str, torch.nn.Parameter]) -> Tensors:
-    """Their values: CPU, fp32, contiguous, side by side in memory, ready to be sent."""
-    sizes = [parameter.numel() for parameter in parameters.values()]
-    parts = torch.split_with_sizes(torch.empty(sum(sizes)), sizes)
-    values = {name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)}
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            values[name].copy_(parameter)
-    return values
 
 
 def load_trainable(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

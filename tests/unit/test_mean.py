@@ -1,5 +1,6 @@
 """The exact mean against numbers worked out by hand, a float64 reference, and itself in every other order."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -246,6 +247,30 @@ def test_updates_in_pieces_take_the_same_arithmetic(step: int) -> None:
 def test_where_an_update_breaks_off_there_is_no_mean() -> None:
     with pytest.raises(ConnectionError, match="a link broke"):
         exact_mean(InPieces(drawn(3, 2), 4, most=5), scale=30)
+
+
+@pytest.mark.parametrize("dtypes", [*itertools.permutations((torch.float16, torch.float32, torch.float64))])
+def test_the_mean_of_any_types_is_made_in_the_memory_of_its_sums(
+    dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counting(num: int, dtype: torch.dtype, to_lend: bool = False) -> torch.Tensor:
+        asked.append(num * dtype.itemsize)
+        return fedmpi.tensors.room(num, dtype, to_lend)
+
+    monkeypatch.setattr(module, "room", counting)
+    monkeypatch.setattr(module, "_BLOCK", 4)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        {str(n): torch.randn(n, generator=generator).to(dtype) for n, dtype in zip((9, 13, 6), dtypes, strict=True)}
+        for _ in range(3)
+    ]
+    mean = exact_mean([Sent(tensors, weight) for weight, tensors in enumerate(drawn, start=1)], scale=30)
+    for name, found in mean.items():
+        steps = sum(weight * 2.0**30 * tensors[name].double() for weight, tensors in enumerate(drawn, start=1)).round()
+        assert torch.equal(found, (steps / (6 * 2.0**30)).to(drawn[0][name].dtype))
+    assert 8 * 28 <= sum(asked) < 8 * 28 + 2 * 8 and len({tensor.untyped_storage().data_ptr() for tensor in mean.values()}) == 1
 
 
 def test_in_pieces_too_a_bad_value_is_named_and_an_overflow_found() -> None:
