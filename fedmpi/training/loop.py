@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -30,6 +30,7 @@ from fedmpi.training.tally import Fit, Tally, names
 
 # From a model, a batch and the model's device to the sum of a loss over the batch's supervised tokens, in fp32.
 Loss = Callable[[torch.nn.Module, Batch, torch.device], torch.Tensor]
+AHEAD = 8  # batches that are made at a time
 CHECK_EVERY = 16  # steps between two looks at the losses where a look is a wait for a GPU or for other ranks
 
 
@@ -79,7 +80,7 @@ def fit(
         seed_everything(seed_for(seed, "dropout", *([turn.engine.rank] if turn.engine.rank else [])))
         draws = batches(examples, config.batch_size * turn.engine.size, seed_for(seed, "batches"), pad_id)
         try:
-            tally = _train(turn, islice(draws, turn.num_micro))
+            tally = _train(turn, _ahead(islice(draws, turn.num_micro)))
             turn.engine.gather()
         finally:
             turn.engine.close()
@@ -91,6 +92,11 @@ def fit(
         taken = turn.num_steps - len(tally.skipped) + (state.step if state is not None else 0)
         kept = optim.save(turn.optimizer, turn.parameters, taken)
     return tally.fit(turn.num_steps, time.perf_counter() - started, kept)
+
+
+def _ahead(draws: Iterator[Batch]) -> Iterator[Batch]:
+    """The same, made a few at a time: alone, behind a step that has emptied the processor's caches, one takes ten times as long."""
+    return chain.from_iterable(iter(lambda: list(islice(draws, AHEAD)), []))
 
 
 def num_micro_batches(config: Config, num_examples: int, num_ranks: int = 1) -> int:
