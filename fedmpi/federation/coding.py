@@ -3,7 +3,8 @@
 A message is cut into chunks of `CHUNK` values; of each, the part of every tensor group is coded apart under that group's chain. A
 chunk is encoded when its turn comes to be sent and decoded when it has come, so that all of it goes on at once and nobody holds a
 whole coded message. The size of a chunk is part of what the bytes mean, so it is the same in every placement. What is decoded is
-the truth for both sides: a sender that must know it gets it on the way.
+the truth for both sides: a sender that must know it gets it on the way. For several senders one thread encodes, since malloc keeps
+what each thread has worked in.
 
 `delta` is taken up against the round's broadcast, which both sides hold, and down against the broadcast before, of which the
 server knows who holds it: whoever does not gets the values as they are. What `ef` feeds back belongs to the sender: the server's
@@ -14,8 +15,10 @@ This module must never know links, or what the tensors are.
 
 import struct
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,9 +93,21 @@ class Encoding:
     """One message, as a payload: a chunk is encoded when somebody first comes to it. Several threads may send it at once."""
 
     def __init__(
-        self, chains: Chains, tensors: Tensors, seed: int, before: State, lost: State = NOTHING, told: bool = False
+        self,
+        chains: Chains,
+        tensors: Tensors,
+        seed: int,
+        before: State,
+        lost: State = NOTHING,
+        told: bool = False,
+        maker: ThreadPoolExecutor | None = None,
+        park: Callable[[Manifest], Parked] | None = None,
     ) -> None:
-        """Against `before` where a chain says delta, with what was `lost` where it says ef; `told` keeps what will be decoded."""
+        """Against `before` where a chain says delta, with what was `lost` where it says ef; `told` keeps what will be decoded.
+
+        Chunks are encoded by `maker`, else by who asks for them. What the message does not say is left in memory, unless `park`
+        gives a place for it.
+        """
         self.manifest = manifest_of(tensors)
         self.code = Code(chains, self.manifest)
         self.against = before.fingerprint if chains.delta else 0
@@ -100,7 +115,10 @@ class Encoding:
         self._seed, self._values = seed, Packed(tensors, self.manifest)
         self._origin = before.over(self.manifest) if chains.delta else None
         self._lost = lost.over(self.manifest) if chains.feedback else None
-        self._residual = room(self.manifest.num_bytes // 4, torch.float32) if chains.feedback else None
+        self.left = park(self.manifest) if chains.feedback and park is not None else None
+        in_memory = chains.feedback and park is None
+        self._residual = room(self.manifest.num_bytes // 4, torch.float32) if in_memory else None
+        self._maker = maker
         self._decoded = room(self.manifest.num_bytes // 4, torch.float32, to_lend=True) if told else None  # also sent as it is
         self._places = list(chunks(self.manifest.num_bytes, CHUNK_BYTES))
         self._num_made, self._kept = 0, dict[int, memoryview]()
@@ -116,7 +134,9 @@ class Encoding:
     def __getitem__(self, place: slice) -> memoryview:
         number = place.start // CHUNK_BYTES
         with self._lock:
-            return self._kept[number] if number in self._kept else self._make(number)
+            if number in self._kept:
+                return self._kept[number]
+            return self._make(number) if self._maker is None else self._maker.submit(self._make, number).result()
 
     def finished(self) -> "Encoding":
         """This, once every chunk has been encoded, whoever has asked for it."""
@@ -135,10 +155,8 @@ class Encoding:
     def lost(self) -> Tensors:
         """What it does not say, where that is fed back."""
         if self._residual is None:
-            return {}
-        residual = unpack(self._residual.view(torch.uint8), self.manifest)
-        fed_back = [group for group in self.manifest.groups if self.code.chains.of(group.name).feedback]
-        return {spec.name: residual[spec.name] for group in fed_back for spec in group.tensors}
+            return {} if self.left is None else _fed_back(self.code.chains, self.left.tensors)
+        return _fed_back(self.code.chains, unpack(self._residual.view(torch.uint8), self.manifest))
 
     def _make(self, number: int) -> memoryview:
         place = self._places[number]
@@ -154,11 +172,13 @@ class Encoding:
 
     def _note(self, place: slice, meant: torch.Tensor, data: memoryview) -> None:
         """What this chunk will be decoded to, and what that lacks."""
-        if self._residual is None and self._decoded is None:
+        if self._residual is None and self.left is None and self._decoded is None:
             return
         values, there = self.code.decode(place, data), slice(place.start // 4, place.stop // 4)
         if self._residual is not None:
             torch.sub(meant, values, out=self._residual[there])
+        if self.left is not None:
+            self.left.put(place, (meant - values).numpy().data.cast("B"))
         if self._decoded is not None:
             self._decoded[there] = _undone(self.code, place, values, self._origin)
 
@@ -193,6 +213,12 @@ class Decoding:
         return _undone(self._code, place, self._code.decode(place, data), self._origin)
 
 
+def _fed_back(chains: Chains, tensors: Tensors) -> Tensors:
+    """Those of the tensors whose chain says ef."""
+    groups = manifest_of(tensors).groups
+    return {spec.name: tensors[spec.name] for group in groups if chains.of(group.name).feedback for spec in group.tensors}
+
+
 def _undone(code: Code, place: slice, values: torch.Tensor, origin: Packed | Parked | None) -> torch.Tensor:
     if origin is not None:
         for chain, run in code.runs(place):
@@ -213,6 +239,7 @@ class Downlink:
     before: State = NOTHING  # the last broadcast that counted, where a chain says delta
     lost: State = NOTHING  # and what it could not say
     scratch: Path | None = None  # where both wait while the next broadcast is under way
+    _maker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encode"))
     _made: Encoding | None = None
     _round: int = -1
     _holds: dict[int, int] = field(default_factory=dict)  # by holder: which broadcast it had last
@@ -221,7 +248,8 @@ class Downlink:
         """The round's broadcast, ready to be sent. What it goes on from is needed once more only if the round does not count."""
         known = self.before.fingerprint if self.chains.delta else 0
         self.before, self.lost = parked(self.before, self.scratch, known), parked(self.lost, self.scratch)
-        self._made = Encoding(self.chains, tensors, seed_for(rnd.seed, "broadcast"), self.before, self.lost, told=True)
+        seed, park = seed_for(rnd.seed, "broadcast"), partial(Parked, scratch=self.scratch)
+        self._made = Encoding(self.chains, tensors, seed, self.before, self.lost, True, self._maker, park)
         self._round = rnd.index
         return self._made
 
@@ -249,11 +277,11 @@ class Downlink:
         """What a run needs to go on after this round."""
         now = self._made is not None and round_index == self._round
         before, lost = self._after(self._made) if now and self._made is not None else (self.before, self.lost)
-        return prefixed("before/", before.tensors) | prefixed("lost/", lost.tensors)
+        return prefixed("before/", before.tensors) | prefixed("lost/", _fed_back(self.chains, lost.tensors))
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take up what `saved` gave."""
         self.before, self.lost = Known(part(tensors, "before/")), Known(part(tensors, "lost/"))
 
-    def _after(self, made: Encoding) -> tuple[Known, Known]:
-        return Known(made.tensors if self.chains.delta else {}), Known(made.lost)
+    def _after(self, made: Encoding) -> tuple[State, State]:
+        return Known(made.tensors if self.chains.delta else {}), made.left or NOTHING

@@ -4,7 +4,6 @@ A server holds several adapters anyway while it adds updates up. The state that 
 not be one more: it is read chunk by chunk. This module must never know links, chains, or what the tensors are.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,15 +44,16 @@ class Known:
 
 
 class Parked:
-    """A state in scratch space."""
+    """A state in scratch space, once all of it was put there."""
 
-    def __init__(self, known: Known, fingerprint: int, scratch: Path | None) -> None:
-        self.fingerprint, self._manifest = fingerprint, manifest_of(known.tensors)
+    def __init__(self, manifest: Manifest, scratch: Path | None, fingerprint: int = 0) -> None:
+        self.fingerprint, self._manifest = fingerprint, manifest
         self._scratch = Scratch(scratch)
         finalize(self, self._scratch.close)
-        packed = Packed(known.tensors, self._manifest)
-        for place in self._places():
-            self._scratch.write(place.start, packed[place], self._manifest.num_bytes)
+
+    def put(self, place: slice, data: memoryview) -> None:
+        """The bytes of a slice."""
+        self._scratch.write(place.start, data, self._manifest.num_bytes)
 
     @property
     def tensors(self) -> Tensors:
@@ -70,10 +70,13 @@ class Parked:
         self._scratch.read(start, found.numpy().data)
         return found
 
-    def _places(self) -> Iterator[slice]:
-        return chunks(self._manifest.num_bytes, PIECE_BYTES)
-
 
 def parked(state: Known | Parked, scratch: Path | None, fingerprint: int = 0) -> Known | Parked:
     """The same out of memory, unless there is nothing of it."""
-    return Parked(state, fingerprint, scratch) if isinstance(state, Known) and state.tensors else state
+    if isinstance(state, Parked) or not state.tensors:
+        return state
+    manifest = manifest_of(state.tensors)
+    packed, made = Packed(state.tensors, manifest), Parked(manifest, scratch, fingerprint)
+    for place in chunks(manifest.num_bytes, PIECE_BYTES):
+        made.put(place, packed[place])
+    return made

@@ -85,8 +85,11 @@ def test_what_is_lost_is_sent_later() -> None:
 
 
 def test_only_groups_that_feed_back_have_residuals() -> None:
-    coded = encoded("int4,ef; own=int4", {**some(1), "own/c": torch.randn(30)})
-    assert coded.lost.keys() == {"a", "b"}
+    link, tensors = Downlink(chains("int4,ef; own=int4")), {**some(1), "own/c": torch.randn(30)}
+    assert encoded("int4,ef; own=int4", tensors).lost.keys() == {"a", "b"}
+    now = link.encode(tensors, Round(0, 0, (0,), 0, 1, 3)).finished().lost  # parked, and the same
+    link.settle(Round(1, 0, (0,), 1, 1, 3, verdict=Verdict.COUNTED))
+    assert now.keys() == {"a", "b"} and link.saved(0).keys() == {"lost/a", "lost/b"}
 
 
 def test_a_difference_from_another_state_is_refused() -> None:
@@ -178,13 +181,18 @@ def test_a_broadcast_that_did_not_count_is_made_again(scratch_bytes: int, monkey
 
 @pytest.mark.parametrize(("text", "num_clients"), [("int8", 1), ("delta,int4,ef,zstd", 3)])
 def test_chunks_flow(monkeypatch: pytest.MonkeyPatch, text: str, num_clients: int) -> None:
-    """The first chunk is decoded before the last is encoded, each is encoded once for all, and few are there at a time."""
+    """The first chunk is decoded before the last is encoded, each is encoded once for all, and few are there at a time.
+
+    However many senders there are, one thread encodes: malloc would keep for each what it had worked in.
+    """
     events: list[tuple[str, int]] = []
+    encoding: set[int] = set()
 
     def noted(what: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Code, place: slice, *more: Any) -> Any:
             result = method(self, place, *more)
             events.append((what, place.start // CHUNK_BYTES))
+            encoding.update({threading.get_ident()} if what == "encoded" else ())
             return result
 
         return call
@@ -202,7 +210,7 @@ def test_chunks_flow(monkeypatch: pytest.MonkeyPatch, text: str, num_clients: in
             message = post.expect(0, Kind.CODED, 0, "test")
             found[rank] = post.decode(message, chains(text), before, "test")
 
-    coded = Encoding(chains(text), tensors, 0, before, told=True)
+    coded = Downlink(chains(text), before).encode(tensors, Round(0, 0, (0,), 0, 1, 3))
     threads = [threading.Thread(target=receive, args=(rank,)) for rank in range(num_clients)]
     for thread in threads:
         thread.start()
@@ -215,7 +223,7 @@ def test_chunks_flow(monkeypatch: pytest.MonkeyPatch, text: str, num_clients: in
     assert sizes == [coded.num_bytes + len(coded.manifest.to_json())] * num_clients
     assert all(torch.equal(there["a"], coded.tensors["a"]) for there in found.values()) and len(found) == num_clients
     assert events.index(("decoded", 0)) < events.index(("encoded", num - 1))
-    assert [number for what, number in events if what == "encoded"] == list(range(num))
+    assert [number for what, number in events if what == "encoded"] == list(range(num)) and len(encoding) == 1
 
 
 def test_every_chain_says_how_long_its_chunks_may_be() -> None:
