@@ -4,8 +4,9 @@ import os
 import sys
 from collections.abc import Callable
 
-from fedmpi.errors import ConfigError, FedmpiError, WorldError
+from fedmpi.errors import Aborted, ConfigError, DataError, FedmpiError, ModelError, WorldError
 
+NOT_POSSIBLE = (ConfigError, WorldError, ModelError, DataError)  # until settings, model or data are others
 FINISHED, FAILED, IMPOSSIBLE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
@@ -13,12 +14,10 @@ def guarded(work: Callable[[], int], where: str) -> int:
     """The exit code of `work`; `where` says who speaks when it fails."""
     try:
         return work()
-    except (ConfigError, WorldError) as error:
-        fail(error, where)
-        return IMPOSSIBLE
     except FedmpiError as error:
         fail(error, where)
-        return FAILED
+        kind = error.kind if isinstance(error, Aborted) else type(error).__name__  # on whichever rank it was
+        return IMPOSSIBLE if kind in {one.__name__ for one in NOT_POSSIBLE} else FAILED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered would be the next such error
         fail(BrokenPipeError("what this prints to was closed (head, or a terminal that went away): give it a file"), where)

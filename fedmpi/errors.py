@@ -3,6 +3,7 @@
 FedmpiError
 |- ConfigError          an option, a recipe, a combination of both
 |- DataError            a corpus, a split, a template
+|- EvaluationError      what an evaluation needs while it runs: a service, a sandbox, a compiler
 |- ModelError           a backbone, a tokenizer, an adapter
 |- WorldError           launchers, ranks, placement
 |- TrainingError        a client's local training
@@ -17,6 +18,8 @@ FedmpiError
 `- QuorumLost           too few clients left to count a round
 """
 
+_ENDED = " ended the job: "
+
 
 class FedmpiError(Exception):
     """Anything that is reported as one clear line instead of a traceback."""
@@ -28,6 +31,10 @@ class ConfigError(FedmpiError):
 
 class DataError(FedmpiError):
     """A corpus, a split or a template cannot be used."""
+
+
+class EvaluationError(FedmpiError):
+    """A service, a sandbox or a compiler that an evaluation needs did not do its part."""
 
 
 class ModelError(FedmpiError):
@@ -67,7 +74,17 @@ class ProtocolError(LinkError):
 
 
 class Aborted(LinkError):
-    """Another rank failed and ended the job; the message is that rank's."""
+    """Another rank failed and ended the job; the message is `ended` of that rank's error."""
+
+    @property
+    def kind(self) -> str:
+        """The name of that error's class."""
+        return str(self).partition(_ENDED)[2].partition(":")[0]
+
+
+def ended(rank: int, error: BaseException) -> str:
+    """What a rank tells the others of the error with which it ends the job."""
+    return f"rank {rank}{_ENDED}{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
 
 
 class CheckpointError(FedmpiError):

@@ -131,10 +131,13 @@ def ask_all(target: Target, given: argparse.Namespace, device: str, transport: "
     if post is not None and post.transport.rank != shards.HEAD:
         shards.help_out(post, lambda chunk: answered(task, speaker(), chunk))
         return FINISHED
-    found = result.finished(given.again)
+    found = None if given.again else result.finished()
     if found is None:
-        chunk = 1 if options.judge_url else given.batch_size * CHUNK  # ratings may cost money: as few as can be are asked for twice
-        found = result.make(speaker(), chunk, post)
+        with result.held():
+            if given.again:
+                result.discard()
+            chunk = 1 if options.judge_url else given.batch_size * CHUNK  # ratings may cost money: few are asked for twice
+            found = result.make(speaker(), chunk, post)
     else:
         list(shards.handed_out(post, [], lambda chunk: {}))
     show(found, result.path)

@@ -6,16 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from fedmpi.errors import ConfigError
+from fedmpi.errors import CheckpointError, ConfigError
 from fedmpi.record.checkpoint import write_atomically, writing
-from fedmpi.record.folder import read_lines
+from fedmpi.record.folder import hold, read_lines, read_object
 
 if TYPE_CHECKING:
     from fedmpi.evaluation.decoding import Speaker
     from fedmpi.evaluation.task import Task
     from fedmpi.federation.post import Post
+
+
+ANEW = "remove the file, and the same command asks everything anew"
 
 
 def answered(task: "Task", speaker: "Speaker", chunk: Sequence[int]) -> dict[str, Any]:
@@ -50,15 +53,19 @@ class Result:
         facts: dict[str, Any] = json.loads(json.dumps({"subject": self.subject, **self.task.facts()}))
         return facts
 
-    def finished(self, again: bool) -> dict[str, Any] | None:
+    def held(self) -> IO[str]:
+        """This evaluation in this folder for this process alone, until what this gives is closed."""
+        return hold(self.folder / f".{self.name}.lock", f"the evaluation {self.path}", "process", "--out")
+
+    def discard(self) -> None:
+        """Whatever is there already."""
+        self.path.unlink(missing_ok=True)
+        self.part.unlink(missing_ok=True)
+
+    def finished(self) -> dict[str, Any] | None:
         """The result that is there already, if it is of the same settings."""
-        if again:
-            self.path.unlink(missing_ok=True)
-            self.part.unlink(missing_ok=True)
-        if not self.path.exists():
-            return None
-        found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
-        self._same(found["settings"], self.path)
+        if (found := read_object(self.path, "give --again to discard it")) is not None:
+            self._same(found.get("settings", {}), self.path)
         return found
 
     def make(self, speaker: "Speaker", chunk: int, post: "Post | None" = None) -> dict[str, Any]:
@@ -104,12 +111,15 @@ class Result:
 
     def _known(self, chunks: Mapping[int, Sequence[int]]) -> dict[int, dict[str, Any]]:
         """What an interrupted evaluation was told, by a chunk's first question; the file is begun where there is none."""
-        lines = list(read_lines(self.part))
+        lines = list(read_lines(self.part, ANEW))
         if lines and "settings" in lines[0]:
             self._same(lines[0]["settings"], self.part)
         else:
             lines = []  # nobody knows what it was told under
         told = {line["first"]: line for line in lines[1:] if "first" in line}  # others are of an older version
+        for number, line in enumerate(lines[1:], start=2):
+            if "first" in line and not line.keys() >= {"records", "prompts_cut"}:
+                raise CheckpointError(f"{self.part}, line {number}: the records of a chunk are expected; {ANEW}")
         known = {first: line for first, line in told.items() if len(chunks.get(first, ())) == len(line["records"])}
         if len(known) < len(told):
             print(f"fedmpi: {self.part}: what was asked in batches of another size is asked again", flush=True)

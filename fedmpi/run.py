@@ -4,8 +4,9 @@
     torchrun --nproc_per_node 4 -m fedmpi.run                rank 0 serves, ranks 1 to 3 are clients
     mpirun -n 4 python -m fedmpi.run --config RECIPE.yaml
 
-Exit codes: 0 finished, 1 failed (a rank that never came or went away too), 2 the settings or the launcher's variables are not
-possible, 75 stopped by a signal, or short of time, after committing the round in hand, 130 left at once at the second Ctrl-C.
+Exit codes: 0 finished, 1 failed (a rank that never came or went away too), 2 the settings, the model, the data or the launcher's
+variables are not possible, 75 stopped by a signal, or short of time, after committing the round in hand, 130 left at once at the
+second Ctrl-C.
 """
 
 import json
@@ -135,7 +136,7 @@ class Program:
             for name, end, found in self._trainings(path):
                 results[name] = found
                 if end is End.SIGNAL:
-                    return self._stopped(path, "after a committed round")
+                    return self._stopped(path, "before another round")
                 if end is not End.FINISHED:
                     self._tell(path, "failed")
                     why = "too few updates counted, as rank 0 says above; what had counted is kept"
@@ -187,8 +188,7 @@ class Program:
             base, split, original = Base(wanted.model, wanted.peft, device, wanted.seed), None, None
         else:
             known = self._identity()[0]
-            halt = self.stop.wanted
-            found = emulation.outfit(wanted, scheme, device, path, parties, self.post, known, halt)
+            found = emulation.outfit(wanted, scheme, device, path, parties, self.post, known, self.stop.over)
             base, split, original, self.supply_bytes = found
         return Host(
             base,

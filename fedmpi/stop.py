@@ -36,6 +36,11 @@ class Stop:
         """Whether the job is to stop, whichever rank was told."""
         return self.signal is not None or (self.hear is not None and self.hear())
 
+    def over(self) -> bool:
+        """Whether nothing more is to be begun: the job was told to stop, or its time is over."""
+        self.time_is_up = self.time_is_up or self.left_s() <= 0
+        return self.time_is_up or self.wanted()
+
     def left_s(self) -> float:
         """Seconds that the job may still run."""
         return self.until - time.monotonic()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmpi import models
-from fedmpi.errors import ConfigError, DataError
+from fedmpi.errors import ConfigError, EvaluationError
 from fedmpi.models.folding import names_of_changes
 
 INSTALL = "pip install 'fedmpi[eval]'"
@@ -30,7 +30,7 @@ def evaluate(
         known = tasks.TaskManager(include_path=folder)
         found = lm_eval.simple_evaluate(model="hf", model_args=arguments, tasks=[task], task_manager=known, **own)
     except (KeyError, ValueError, OSError) as error:
-        raise DataError(f"lm_eval:{task} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
+        raise EvaluationError(f"lm_eval:{task} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
     return {
         "results": found["results"],
         "versions_of_tasks": found.get("versions"),

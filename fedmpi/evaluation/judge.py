@@ -18,7 +18,7 @@ from typing import Any
 
 from fedmpi.data import Config as DataConfig
 from fedmpi.data import render
-from fedmpi.errors import ConfigError, DataError
+from fedmpi.errors import ConfigError, DataError, EvaluationError
 from fedmpi.evaluation.decoding import Decoding, Speaker
 from fedmpi.evaluation.intervals import bootstrap
 from fedmpi.evaluation.task import Options, Record, draw, open_records, prompt_hash
@@ -80,7 +80,7 @@ class Judge:
             if lasting or attempt == TRIES - 1:
                 break
             time.sleep(2.0**attempt)
-        raise DataError(f"the judge at {self.url} gave no reply ({why}): mend it and start again; the questions before it are kept")
+        raise EvaluationError(f"the judge at {self.url} gave no reply ({why}): mend it and start again; what it rated is kept")
 
 
 def scores_of(reply: str) -> tuple[float, float] | None:
@@ -162,7 +162,7 @@ class Judged:
         """Our sum over theirs; both sums, as in FedIT's Table 3."""
         rated = [record for record in records if record["our_score"] is not None]
         if not rated:
-            raise DataError(f"the judge {self.judge.model} never began a reply with two numbers from 1 to 10: take another one")
+            raise EvaluationError(f"the judge {self.judge.model} never began a reply with two numbers from 1 to 10: take another")
         ours, theirs = [record["our_score"] for record in rated], [record["other_score"] for record in rated]
         return {
             "score": sum(ours) / sum(theirs),

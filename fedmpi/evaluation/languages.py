@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fedmpi.errors import ConfigError, DataError
+from fedmpi.errors import ConfigError, EvaluationError
 from fedmpi.evaluation.decoding import cut_at
 from fedmpi.evaluation.sandbox import INTERPRETER, Step
 
@@ -129,9 +129,9 @@ def compiled_go() -> Path:
                 build, cwd=home, env=env, umask=0o022, timeout=LIBRARY_S, capture_output=True, text=True, check=False
             )
         if told.returncode:
-            raise DataError(f"Go cannot compile its library into {library}: {' '.join(told.stderr.split())[:300]}")
+            raise EvaluationError(f"Go cannot compile its library into {library}: {' '.join(told.stderr.split())[:300]}")
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise DataError(f"Go cannot compile its library into {library}: {error}") from None
+        raise EvaluationError(f"Go cannot compile its library into {library}: {error}") from None
     return library
 
 

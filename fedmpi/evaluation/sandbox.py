@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedmpi.errors import DataError
+from fedmpi.errors import EvaluationError
 
 WARDEN = Path(__file__).with_name("warden.py")
 GRACE_S = 60.0  # for the warden itself, on a busy machine
@@ -82,13 +82,13 @@ def run(files: Mapping[str, str], steps: Sequence[Step], limits: Limits = Limits
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        raise DataError(f"the sandbox gave no verdict in {longest:.0f} s: the machine is overloaded, or it is no Linux") from None
+        raise EvaluationError(f"the sandbox gave no verdict in {longest:.0f} s: the machine is overloaded, or no Linux") from None
     if process.returncode or complaint:
         reason = (complaint.decode(errors="replace").strip() or f"exit code {process.returncode}").splitlines()[-1]
-        raise DataError(f"the sandbox failed: {reason}; it needs Linux")
+        raise EvaluationError(f"the sandbox failed: {reason}; it needs Linux")
     verdict = json.loads(said)
     if verdict["errors"]:
-        raise DataError(f"the sandbox failed: {verdict['errors'][0]}")
+        raise EvaluationError(f"the sandbox failed: {verdict['errors'][0]}")
     return _ending(verdict, len(steps))
 
 

@@ -2,7 +2,10 @@
 
 import fcntl
 import json
+import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -64,19 +67,7 @@ class RunFolder:
 
     def lock(self) -> IO[str]:
         """Hold the folder for this process; a second run in it is refused. Close what this gives to let go."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("w", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"run_dir {self.path} cannot be used ({error}): give a folder that can be written to") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ConfigError(f"run_dir {self.path} is in use by another run: wait for it, or give another --run_dir") from None
-        except OSError as error:
-            print(f"fedmpi: {self.path} cannot be locked on this file system ({error}): start no second run in it", flush=True)
-        return file
+        return hold(self.path / ".lock", f"run_dir {self.path}", "run", "--run_dir")
 
     def _experiment(self) -> object:
         record = self.path / "record.json"
@@ -159,6 +150,35 @@ class RunFolder:
         write_atomically(self.path / name, json.dumps(value, indent=2, default=_plain) + "\n")
 
 
+def hold(file: Path, what: str, who: str, option: str) -> IO[str]:
+    """Lock a file until what this gives is closed, or the process is gone, however it ended; a second one like us is refused."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{what} cannot be used ({error}): give a folder that can be written to") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = _holder(lock)
+        raise ConfigError(f"{what} is in use by another {who}{holder}: wait for it, or give another {option}") from None
+    except OSError as error:
+        print(f"fedmpi: {what} cannot be locked on this file system ({error}): start no second {who} there", flush=True)
+    with suppress(OSError):  # on a full disk nobody reads who it is
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+    return lock
+
+
+def _holder(lock: IO[str]) -> str:
+    """What the one who has it wrote about itself."""
+    with lock:
+        lock.seek(0)
+        said = lock.read(200)
+    return f" ({said})" if said else ""
+
+
 def _tells_why(line: Mapping[str, Any], round_index: int) -> bool:
     """Whether this says why a run that ended could not do its next round."""
     return bool(line.get("event") == "quorum_lost" and line["round"] == round_index)
@@ -173,39 +193,41 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
         yield line
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path, advice: str = "restore the file or give another --run_dir") -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file; a last line that a crash cut short is left out."""
-    lines: Sequence[str] = _read(path).splitlines() if path.exists() else ()
+    lines: Sequence[bytes] = _read(path, advice).splitlines(keepends=True) if path.exists() else ()
     for number, line in enumerate(lines, start=1):
         try:
             found = json.loads(line)
         except ValueError:
-            if number < len(lines):
-                raise CheckpointError(f"{path}, line {number}: not JSON; restore the file or give another --run_dir") from None
+            if line.endswith(b"\n"):
+                raise CheckpointError(f"{path}, line {number}: not JSON; {advice}") from None
             return
         if not isinstance(found, dict):
-            raise CheckpointError(f"{path}, line {number}: an object is expected, found {line[:40]}; restore the file")
+            raise CheckpointError(
+                f"{path}, line {number}: an object is expected, found {line[:40].decode(errors='replace').strip()}; {advice}"
+            )
         yield found
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path, advice: str = "restore it, or remove it and start the run again") -> dict[str, Any] | None:
     """What a small JSON file says; None where there is no such file."""
     if not path.exists():
         return None
     try:
-        found = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): restore it, or remove it and start the run again") from None
+        found = json.loads(_read(path, advice))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): {advice}") from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}, expected an object: restore the file")
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, expected an object: {advice}")
     return found
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, advice: str) -> bytes:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): restore the file") from None
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): {advice}") from None
 
 
 def _plain(value: Any) -> Any:

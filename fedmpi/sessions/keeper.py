@@ -57,17 +57,18 @@ class Keeper:
         """The loop that every algorithm shares."""
         conductor = self.fed.conductor
         assert conductor is not None
-        if record is None:
-            self._line({"round": -1, "event": "evaluation", **self._score(), **self._answer_base()})
-        else:
+        over = self.stop.over()
+        if record is not None:
             self.history = dict(record["history"])
             self.fed.ledger.totals.update(record["totals"])
             self._line({"round": conductor.first_round - 1, "event": "resume"})
+        elif not over:
+            self._line({"round": -1, "event": "evaluation", **self._score(), **self._answer_base()})
         progress = Progress(self.title, conductor.first_round, self.recipe.rounds, self.quiet)
         conductor.largest = aggregation.largest(server.adapter)
         if self._waited_enough():
             conductor.end = End.FINISHED
-        elif self.stop.wanted():
+        elif over or self.stop.over():
             conductor.end = End.SIGNAL
         try:
             with self.commits:

@@ -52,7 +52,7 @@ def run_solos(
     fed = Federation(place(len(jobs), size), rank, post)
     fed.greet(experiment, dict.fromkeys(fed.placement.hosted_by(rank), 1))
     if rank == SERVER:
-        end = End.SIGNAL if stop.wanted() else End.NO
+        end = End.SIGNAL if stop.over() else End.NO
         fed.conductor = Conductor([1] * len(jobs), 1, seed, len(jobs), "all", "equal", len(jobs), "stop", end=end)
     fed.welcome({}, LEAST_LIMIT_BYTES + max(job.session.adapter_bytes for job in jobs.values()))
     finals: dict[int, Any] = {}

@@ -59,7 +59,8 @@ class Config:
         clip_norm: largest norm of the gradient; 0 or null is off.
         accumulation: micro-batches of a step; the loss is divided once, by all their supervised tokens.
         precision: fp32; bf16 or fp16 for autocast, fp16 with a scaled loss: trained weights stay in fp32; half: everything in
-            the base's type, float16 or bfloat16, optimiser state too, the loss unscaled.
+            the base's type, float16 or bfloat16, optimiser state too, the loss unscaled; in float16 adamw and adam have an
+            epsilon of 1e-4, since squares of gradients vanish there.
         checkpointing: keep a layer's input alone and compute the layer again in the backward pass: less memory, more time.
         compile: run the layers as code that torch.compile makes of them: on a CPU half a minute in a process's first turn, and
             steps after it take a tenth to a fifth less time; not measured on GPUs.

@@ -10,6 +10,8 @@ from fedmpi.errors import TrainingError
 from fedmpi.tensors import Tensors
 from fedmpi.training import Config
 
+# The squares of most gradients are 0 in float16. Divided by torch's own 1e-8, a step would be a thousand times as long as its rate.
+EPS, EPS_FLOAT16 = 1e-8, 1e-4
 _FOREIGN = {"adamw8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw8bit": "PagedAdamW8bit"}  # in bitsandbytes
 
 
@@ -38,7 +40,8 @@ def build(parameters: Mapping[str, torch.nn.Parameter], config: Config) -> torch
     if config.optimizer in _FOREIGN:
         return _foreign(trained, config)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    eps = EPS_FLOAT16 if trained[0].dtype is torch.float16 else EPS
+    return kind(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, eps=eps, fused=True)
 
 
 def _foreign(trained: list[torch.nn.Parameter], config: Config) -> torch.optim.Optimizer:

@@ -13,7 +13,7 @@ from types import TracebackType
 
 import torch
 
-from fedmpi.errors import Aborted, LinkError, PeerLost
+from fedmpi.errors import Aborted, LinkError, PeerLost, ended
 from fedmpi.messages import CHUNK_BYTES, Header, Kind, Payload
 from fedmpi.transports.inbox import Inbox, Message
 from fedmpi.transports.link import Link, Wire
@@ -183,8 +183,7 @@ class Transport:
 
     def abort(self, error: BaseException) -> None:
         """End the job on every rank: all waits there raise Aborted with this error's text. Returns within a grace."""
-        text = " ".join(str(error).split()) or "no message"
-        self._spread(f"rank {self.rank} ended the job: {type(error).__name__}: {text}", None)
+        self._spread(ended(self.rank, error), None)
         clean = self._wait_for_ends(min(GRACE_S, self.timeout_s))
         self._shut()
         if self._last_resort is not None and not clean:

@@ -82,11 +82,11 @@ class PipeWire:
     def flush(self) -> None:
         """Nothing to wait for: `write` has waited."""
 
-    def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
+    def read(self, *parts: memoryview, heard: Callable[[int], None]) -> None:
         """Fill the parts, one after the other."""
         for part in parts:
             self._incoming.read(part)
-            heard()
+            heard(len(part))
 
     def close(self) -> None:
         """Break both directions."""

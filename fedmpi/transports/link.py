@@ -37,8 +37,8 @@ class Wire(Protocol):
     def flush(self) -> None:
         """Return when all that was written may be overwritten."""
 
-    def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
-        """Fill the parts, none of which is empty; `heard` is called when some of it has come."""
+    def read(self, *parts: memoryview, heard: Callable[[int], None]) -> None:
+        """Fill the parts, none of which is empty; `heard` is called with the number of bytes when some have come."""
 
     def close(self) -> None:
         """Break the wire and wake everyone who is blocked on it, on both sides. May be called twice."""
@@ -72,7 +72,7 @@ class Link:
         self.listening = True  # False while we wait for a buffer: silence is then ours, not the peer's
         self.ended = False  # the peer has said its last words
         self.closed = False
-        self.coming = ""  # what part of a message is there already
+        self._awaited, self._there, self._framing, self._got = "", 0, 0, 0  # of a large message: see `coming`
         self._wire, self._hub, self._period_s = wire, hub, period_s
         self._writing = threading.Lock()
         self._orders: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
@@ -83,6 +83,11 @@ class Link:
     def may_be_late(self) -> bool:
         """Whether silence would be the peer's fault."""
         return self.listening and not self.closed and not self.ended
+
+    @property
+    def coming(self) -> str:
+        """How much of a large message is there already, while it comes."""
+        return self._awaited and f"{self._there + max(0, self._got - self._framing)} {self._awaited}"
 
     def start(self) -> None:
         """Begin to listen and to beat; apart from the constructor, so that the hub knows the link first."""
@@ -190,11 +195,11 @@ class Link:
             framing = memoryview(bytearray(FRAME_BYTES))
             self._read(framing)
             length = frame_length(framing, place.stop - place.start)
+            self._await(f"coded bytes of its {header.kind.name}", total)
             total += length
-            self.coming = f"{place.start} of {header.length} bytes of its {header.kind.name}"
             # held by no name here, as below
             self._hand_on(header, self._coded(framing, length, index), b"" if index else note, place, total)
-        self.coming = ""
+        self._awaited = ""
 
     def _coded(self, framing: memoryview, length: int, index: int) -> torch.Tensor | None:
         buffer = self._taken(length, NUM_CHUNKS)
@@ -224,8 +229,13 @@ class Link:
     def _read(self, *parts: memoryview) -> None:
         self._wire.read(*parts, heard=self._hears)
 
-    def _hears(self) -> None:
+    def _hears(self, num_bytes: int) -> None:
         self.heard = monotonic()
+        self._got += num_bytes
+
+    def _await(self, what: str, there: int, framing: int = 0) -> None:
+        """More of a message is read next: so many bytes of it are there, and so many come first that are none of it."""
+        self._awaited, self._there, self._framing, self._got = what, there, framing, 0
 
     def _small(self, header: Header) -> tuple[bytes, torch.Tensor | None]:
         data = memoryview(bytearray(FRAME_BYTES + header.note + header.length))
@@ -265,7 +275,7 @@ class Link:
         for index, place in places:
             start = 0 if buffer is None else place.start - places[0][1].start
             chunk = view[start : start + place.stop - place.start]
-            self.coming = f"{place.start} of {header.length} bytes of its {header.kind.name}"
+            self._await(f"of {header.length} bytes of its {header.kind.name}", place.start, FRAME_BYTES)
             self._read(framing, chunk)
             check_frame(framing, chunk, index)
-        self.coming = ""
+        self._awaited = ""

@@ -55,10 +55,10 @@ class MpiWire:
     def flush(self) -> None:
         """Nothing to wait for: `write` has waited."""
 
-    def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
+    def read(self, *parts: memoryview, heard: Callable[[int], None]) -> None:
         """Post all parts, then wait for them."""
         self._do(lambda: [self._comm.Irecv([part, self._byte], self._peer, self._tag) for part in parts], True)
-        heard()
+        heard(sum(map(len, parts)))
 
     def close(self) -> None:
         """Tell the other side, and give up all that is pending on this one."""

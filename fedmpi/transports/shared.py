@@ -66,7 +66,7 @@ class SharedWire:
         except OSError as error:
             raise ConnectionError(error.strerror or str(error)) from None
 
-    def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
+    def read(self, *parts: memoryview, heard: Callable[[int], None]) -> None:
         """Fill all parts."""
         try:
             for part in parts:
@@ -74,7 +74,7 @@ class SharedWire:
                     fill(self._in, part, heard)
                 else:
                     self._borrow(part)
-                    heard()
+                    heard(len(part))
         except OSError as error:
             raise ConnectionError(error.strerror or str(error)) from None
 

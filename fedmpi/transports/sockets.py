@@ -43,7 +43,7 @@ class SocketWire:
     def flush(self) -> None:
         """Nothing to wait for: the system has a copy."""
 
-    def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
+    def read(self, *parts: memoryview, heard: Callable[[int], None]) -> None:
         """Fill all parts. Over a slow link a single one may take minutes."""
         try:
             for part in parts:
@@ -66,12 +66,12 @@ def pour(into: socket.socket, parts: list[memoryview]) -> None:
             parts[0] = parts[0][sent:]
 
 
-def fill(connection: socket.socket, part: memoryview, heard: Callable[[], None]) -> None:
-    """Read as many bytes as the part has; some of them came whenever `heard` is called."""
+def fill(connection: socket.socket, part: memoryview, heard: Callable[[int], None]) -> None:
+    """Read as many bytes as the part has; `heard` is told how many came, whenever some did."""
     while part:
         if not (got := connection.recv_into(part)):
             raise ConnectionError(LEFT)
-        heard()
+        heard(got)
         part = part[got:]
 
 

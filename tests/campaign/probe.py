@@ -128,7 +128,7 @@ class Damaged:
         """As it is."""
         self._wire.flush()
 
-    def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
+    def read(self, *parts: memoryview, heard: Callable[[int], None]) -> None:
         """As it comes."""
         self._wire.read(*parts, heard=heard)
 

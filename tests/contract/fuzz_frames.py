@@ -47,7 +47,7 @@ class Tape:
     def flush(self) -> None:
         """All is recorded."""
 
-    def read(self, *parts: memoryview, heard: Callable[[], None]) -> None:
+    def read(self, *parts: memoryview, heard: Callable[[int], None]) -> None:
         """Play back."""
         for part in parts:
             self.num_read += 1

@@ -1,12 +1,15 @@
 """Bad input: one clear line that says what was found and what to do, an exit code above 0, nothing overwritten."""
 
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from fedmpi import run
-from fedmpi.errors import Aborted, CheckpointError
+from fedmpi.command import guarded
+from fedmpi.errors import Aborted, CheckpointError, ended
 from fedmpi.models import adapters
 from fedmpi.record import checkpoint
 from fedmpi.record.folder import RunFolder
@@ -100,7 +103,7 @@ def test_a_model_folder_with_a_broken_file(said, model_folder: Path, tmp_path: P
     broken = shutil.copytree(model_folder, tmp_path / "broken")
     (broken / name).write_bytes(b"\xff{")
     code, line = said(f"--model.path={broken}")
-    assert code == 1 and str(broken) in line and "cannot be" in line
+    assert code == 2 and str(broken) in line and "cannot be" in line
 
 
 @pytest.mark.parametrize(
@@ -126,14 +129,29 @@ def test_files_and_models(said, tmp_path: Path, monkeypatch, arguments: tuple[st
     Path("site-0.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     Path("site-1.jsonl").write_text("")
     code, line = said(*arguments)
-    assert code in (1, 2)
+    assert code == 2
     assert all(word in line for word in words), line
+
+
+def test_what_is_not_possible_is_so_on_every_rank(settings: list[str], tmp_path: Path, monkeypatch) -> None:
+    """A model that is nowhere, which all miss, and a client's own file, which only its rank could have opened."""
+    monkeypatch.chdir(tmp_path)
+    Path("site-0.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 20)
+    for arguments in (("--model.path=./nowhere/model",), (*GIVEN, "--clients=2", "--clients_per_round=2")):
+        results = ranks.run(ranks.recipe(*settings, *arguments), tmp_path / "run", 3)
+        assert [guarded(partial(throw, error), "") for error in results] == [2, 2, 2], results
+    assert isinstance(results[1], Aborted) and "site-1.jsonl" in str(results[1])
+    assert guarded(partial(throw, Aborted(ended(1, CheckpointError("ModelError: full")))), "") == 1
+
+
+def throw(error: Exception) -> int:
+    raise error
 
 
 def test_a_start_that_failed_over_a_path_can_be_corrected(said, settings: list[str], tmp_path: Path) -> None:
     """The same --run_dir, first with a model that is not there, then with rows that are not there, then right."""
-    assert said("--model.path=./nowhere/model")[0] == 1
-    assert said("--data.name=json", "--data.path=nowhere.jsonl", "--resume=never")[0] in (1, 2)
+    assert said("--model.path=./nowhere/model")[0] == 2
+    assert said("--data.name=json", "--data.path=nowhere.jsonl", "--resume=never")[0] == 2
     assert run.main([*settings, f"--run_dir={tmp_path / 'run'}", "--resume=never"]) == 0
 
 
@@ -141,7 +159,7 @@ def test_a_start_that_failed_over_a_path_can_be_corrected(said, settings: list[s
     ("name", "content", "words"),
     [
         ("summary.json", b"", ["summary.json", "not JSON"]),
-        ("metrics.jsonl", b"\xff\xfe\n", ["metrics.jsonl", "cannot be read"]),
+        ("metrics.jsonl", b"\xff\xfe\n", ["metrics.jsonl, line 1", "not JSON"]),
         ("metrics.jsonl", b"5\n{}\n", ["metrics.jsonl, line 1", "an object is expected, found 5"]),
         ("metrics.jsonl", b"{}\n", ["metrics.jsonl, line 1", "round number"]),
         ("record.json", b"[]", ["record.json", "cannot be read"]),
@@ -174,7 +192,7 @@ def test_a_folder_in_use(said, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with RunFolder(tmp_path / "run", "other", 2).lock():
         code, line = said()
-    assert code == 2 and "in use by another run" in line
+    assert code == 2 and f"in use by another run (process {os.getpid()} on " in line
 
 
 def test_two_launchers_at_once(said) -> None:
@@ -210,7 +228,7 @@ def test_no_tokenizer(said, model_folder: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((model_folder / name).read_bytes())
     code, line = said(f"--model.path={bare}")
-    assert code == 1 and "tokenizer" in line and "bare" in line
+    assert code == 2 and "tokenizer" in line and "bare" in line
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "summary.json", "metrics.jsonl", "config.yaml"])

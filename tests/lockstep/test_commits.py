@@ -15,7 +15,7 @@ from fedmpi.record.folder import RunFolder, read_metrics
 from fedmpi.settings.recipe import algorithm, known_algorithms
 from fedmpi.stop import Stop
 from fedmpi.tensors import digest
-from tests.lockstep.ranks import adapter, recipe, run
+from tests.lockstep.ranks import STOPS, adapter, recipe, run
 
 
 class Held:
@@ -105,8 +105,8 @@ def test_a_disk_that_fails_while_training_goes_on_loses_nothing(
 def test_a_round_that_would_be_cut_off_is_not_begun(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: int
 ) -> None:
-    """After round 0 there is time for more, after round 1 there is none."""
-    left = iter((1000.0, 0.0))
+    """Before and after round 0 there is time for more, after round 1 there is none."""
+    left = iter((1000.0, 1000.0, 1000.0, 0.0))
     monkeypatch.setattr(Stop, "left_s", lambda stop: next(left))
     wanted = recipe(*settings, "--clients_per_round=2", "--eval_every=0")
     assert run(wanted, tmp_path / "run", size) == [75] * size
@@ -116,5 +116,28 @@ def test_a_round_that_would_be_cut_off_is_not_begun(
     assert len(said) == 1 and "0 s are left" in said[0] and "round 3" in said[0]
     monkeypatch.setattr(Stop, "left_s", lambda stop: 1000.0)
     assert run(wanted, tmp_path / "run", 2) == [0, 0]
+
+
+@pytest.mark.parametrize("scenario", ["fed", "local"])
+def test_a_job_whose_time_is_over_begins_nothing(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], scenario: str
+) -> None:
+    """Neither a first round nor, after a stop, a further one; what was committed stays, and goes on when there is time."""
+    wanted = recipe(*settings, "--rounds=2", "--eval_every=0", f"--scenario={scenario}", STOPS)
+    monkeypatch.setattr(Stop, "left_s", lambda stop: 0.0)
+    assert run(wanted, tmp_path / "run", 2) == [75, 75]
+    assert "out of time, and stopped before another round" in capsys.readouterr().out
+    assert not list((tmp_path / "run").rglob("round-*")) and not list((tmp_path / "run").rglob("adapter"))
+    assert json.loads((tmp_path / "run" / "state.json").read_text()) == {"state": "preempted", "signal": None, "time_is_up": True}
+    if scenario == "local":
+        return
+    monkeypatch.setattr(Stop, "left_s", lambda stop: 1000.0)
+    assert set(run(wanted, tmp_path / "run", 2, stop_rank=1, stop_turn=1)) == {75}
+    monkeypatch.setattr(Stop, "left_s", lambda stop: 0.0)
+    assert run(wanted, tmp_path / "run") == [75]
+    assert [line["round"] for line in read_metrics(tmp_path / "run") if "event" not in line] == [0]
+    monkeypatch.setattr(Stop, "left_s", lambda stop: 1000.0)
+    assert run(wanted, tmp_path / "run") == [0] == run(wanted, tmp_path / "whole")
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
     assert run(wanted, tmp_path / "whole") == [0]
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")

@@ -1,6 +1,8 @@
 """The program: a run folder is all it needs, results are whole, an interruption is gone on from, faults are one line."""
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from evaluation_data import Oracle
 
 from fedmpi import config, data, evaluate, models
+from fedmpi.errors import CheckpointError
 from fedmpi.evaluation import heldout_loss
 from fedmpi.evaluation.task import Options
 from fedmpi.evaluation.tasks import Subject, build
@@ -87,13 +90,53 @@ def test_an_interrupted_evaluation_goes_on(run_dir, tmp_path, monkeypatch):
     assert not part.exists()
 
 
-def test_what_was_asked_in_other_batches_is_asked_again(tmp_path, capsys):
-    """Half of the questions in chunks of 8, then all in chunks of 20: no result is made of both."""
+def begun(tmp_path) -> tuple[Result, dict[str, str]]:
+    """An evaluation of 40 rows that was left after two chunks of 8, and the right answers."""
     task = build(Subject(Options("exact_match", rows=40), None, data.Config(num_rows=50), 5, 0))
     result, golds = Result(tmp_path, "exact_match", {}, task), {row.id: row.output for row in task.heldout.rows}
     result._known({})
     result._ask(Counting(golds), [list(range(first, first + 8)) for first in (0, 8)], None)
-    second, third = Counting(golds), Counting(golds)
+    return result, golds
+
+
+@pytest.mark.parametrize("damage", [b"{}x\n", b"\xff\xfe\n", b"[]\n", b'{"first": 0}\n'])
+def test_a_damaged_line_is_named_and_without_its_file_all_is_asked_anew(damage, tmp_path):
+    result, golds = begun(tmp_path)
+    lines = result.part.read_bytes().splitlines(keepends=True)
+    result.part.write_bytes(b"".join([lines[0], damage, lines[2]]))
+    with pytest.raises(CheckpointError, match=r"exact_match.jsonl, line 2: .*; remove the file, and the same command asks every"):
+        result.make(Counting(golds), 8)
+    result.part.unlink()
+    again = Counting(golds)
+    assert result.make(again, 8)["score"] == 1.0 and again.asked == list(result.task.ids)
+    result.path.write_text("{")
+    with pytest.raises(CheckpointError, match="exact_match.json is not JSON .*: give --again to discard it"):
+        result.finished()
+
+
+def test_a_second_evaluation_of_the_same_is_refused_until_the_first_is_gone(run_dir, tmp_path, capsys):
+    """However the first one ends: its process is killed."""
+    code = f"""
+import pathlib, fedmpi.result
+lock = fedmpi.result.Result(pathlib.Path({str(tmp_path)!r}), "perplexity", {{}}, None).held()
+print(input("held\\n"))"""
+    first = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1)
+    assert first.stdout.readline() == b"held\n"
+    again = [str(run_dir), "--task", "perplexity", "--rows", "4", "--out", str(tmp_path)]
+    assert evaluate.main(again) == 2
+    said = capsys.readouterr().err
+    assert f"perplexity.json is in use by another process (process {first.pid} on " in said and len(said.splitlines()) == 1
+    assert evaluate.main([*again[:2], "exact_match", *again[3:]]) == 0
+    first.kill()
+    first.wait()
+    first.stdin.close(), first.stdout.close()
+    assert evaluate.main(again) == 0
+
+
+def test_what_was_asked_in_other_batches_is_asked_again(tmp_path, capsys):
+    """Half of the questions in chunks of 8, then all in chunks of 20: no result is made of both."""
+    result, golds = begun(tmp_path)
+    task, second, third = result.task, Counting(golds), Counting(golds)
     found = result.make(second, 20)
     assert second.asked == list(task.ids) and (found["asked_now"], found["prompts_cut"], found["score"]) == (40, 2, 1.0)
     assert "batches of another size" in capsys.readouterr().out
@@ -163,7 +206,7 @@ def test_a_data_set_brings_its_task():
 
 def test_the_task_of_the_runs_data_is_asked_where_none_is_named(run_dir, tmp_path):
     assert evaluate.main([str(run_dir), "--rows", "4", "--max_new_tokens", "2", "--out", str(tmp_path)]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["exact_match.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".exact_match.lock", "exact_match.json"]
 
 
 class Counting(Oracle):

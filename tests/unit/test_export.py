@@ -64,7 +64,7 @@ def test_the_default_folder_is_written_once(tmp_path, capsys):
 @pytest.mark.parametrize("method", ["prefix", "ptuning", "prompt"])
 def test_virtual_tokens_cannot_be_merged(tmp_path, capsys, method):
     finished_run(tmp_path / "run", models.PeftConfig(method=method))
-    assert export.main([str(tmp_path / "run"), "--merge"]) == 1
+    assert export.main([str(tmp_path / "run"), "--merge"]) == 2
     [line] = capsys.readouterr().err.strip().splitlines()
     assert "virtual tokens" in line and "keep the adapter" in line
     assert not (tmp_path / "run" / "merged").exists()
@@ -76,5 +76,5 @@ def test_what_cannot_be_exported(tmp_path, capsys):
     finished_run(tmp_path / "run", models.PeftConfig())
     assert export.main([str(tmp_path / "run")]) == 2
     (tmp_path / "run" / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3}))
-    assert export.main([str(tmp_path / "run"), "--merge"]) == 1
+    assert export.main([str(tmp_path / "run"), "--merge"]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 3

@@ -8,7 +8,7 @@ import pytest
 from evaluation_data import Oracle
 
 from fedmpi import data, evaluate
-from fedmpi.errors import DataError
+from fedmpi.errors import DataError, EvaluationError
 from fedmpi.evaluation import judge
 from fedmpi.evaluation.task import Options
 from fedmpi.result import Result
@@ -89,7 +89,7 @@ def test_a_busy_judge_is_asked_again(tmp_path, monkeypatch):
 def test_a_judge_that_fails_is_told_and_ratings_are_kept(tmp_path):
     with Service(faults=[200] * 6 + [401]) as service:
         result = Result(tmp_path / "out", "judge", {}, build(tmp_path, service.url))
-        with pytest.raises(DataError, match="gave no reply .HTTP 401.: mend it and start again"):
+        with pytest.raises(EvaluationError, match="gave no reply .HTTP 401.: mend it and start again"):
             result.make(Oracle({"7": "good", "1": "dull"}), 1)
         found = result.make(Oracle({"7": "good", "1": "dull"}), 1)
     assert found["asked_now"] == 1 and found["score"] == 1.0
@@ -111,7 +111,7 @@ def test_the_two_commands_and_no_question_is_rated_twice(tmp_path):
 def test_a_judge_that_only_talks_gives_no_score(tmp_path):
     with Service(text="Both are fine.") as service:
         result = Result(tmp_path / "out", "judge", {}, build(tmp_path, service.url))
-        with pytest.raises(DataError, match="never began a reply with two numbers"):
+        with pytest.raises(EvaluationError, match="never began a reply with two numbers"):
             result.make(Oracle({"7": "good", "1": "dull"}), 1)
 
 

@@ -11,7 +11,8 @@ from fedmpi.training import Config, Hook, fit
 def fitted(model=None, hooks=(), **settings):
     """A model after three steps, and the fit."""
     model = model or with_lora(llama())
-    return model, fit(model, examples(6), Config(steps=3, batch_size=2, lr=1e-2, **settings), seed=2, pad_id=PAD, hooks=hooks)
+    config = Config(**{"steps": 3, "batch_size": 2, "lr": 1e-2} | settings)
+    return model, fit(model, examples(6), config, seed=2, pad_id=PAD, hooks=hooks)
 
 
 @pytest.mark.parametrize(("precision", "near"), [("bf16", 2e-2), ("fp16", 3e-3)])
@@ -73,6 +74,17 @@ def test_pure_half_computes_in_the_type_of_the_base_and_gives_fp32_back(dtype):
     assert {tensor.dtype for tensor in result.state.tensors.values()} == {dtype}
     values = trained(model)
     assert all(value.dtype is torch.float32 and torch.equal(value, value.to(dtype).float()) for value in values.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
+def test_steps_in_float16_are_no_longer_than_in_fp32(optimizer):
+    """Squares of small gradients are 0 there, and an epsilon of 1e-8 would let such a step be a thousand times as long."""
+    moved = {}
+    for dtype, precision in ((torch.float32, "fp32"), (torch.float16, "half")):
+        model = with_lora(llama().to(dtype))
+        fitted(model, precision=precision, optimizer=optimizer, lr=1e-3, steps=1)
+        moved[precision] = max(float(values.abs().max()) for name, values in trained(model).items() if ".lora_B." in name)
+    assert moved["half"] <= 1.1 * moved["fp32"]
 
 
 def test_pure_half_on_a_base_in_fp32_is_refused():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmpi.errors import DataError
+from fedmpi.errors import EvaluationError
 from fedmpi.evaluation.sandbox import INTERPRETER, Ending, Limits, Step, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is made of Linux namespaces")
@@ -53,7 +53,7 @@ def test_steps_run_in_order_up_to_the_first_that_fails():
 
 
 def test_a_program_that_cannot_be_started_is_no_wrong_answer():
-    with pytest.raises(DataError, match="/nowhere could not be started"):
+    with pytest.raises(EvaluationError, match="/nowhere could not be started"):
         run({}, [Step(["/nowhere"])], SMALL)
 
 

@@ -1,16 +1,22 @@
 """Connections between machines: every byte in order, whoever waits wakes up when the other side goes, strangers are sent away."""
 
+import math
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from fedmpi.errors import PeerLost
+from fedmpi.errors import LinkError, PeerLost
+from fedmpi.messages import CHUNK_BYTES, FRAME_BYTES, HEADER_BYTES, STREAM, Header, Kind
 from fedmpi.transports import sockets
+from fedmpi.transports.link import Link
+from fedmpi.transports.outgoing import Outgoing, Traffic
 from fedmpi.transports.sockets import Listener, SocketWire, call
 
 LARGE = 32 << 20
@@ -41,10 +47,39 @@ def test_parts_of_all_sizes_arrive_in_order_however_they_are_cut(pair: tuple[Soc
     writing.start()
     got = bytearray(sum(map(len, sent)))
     heard: list[int] = []
-    theirs.read(memoryview(got)[:7], memoryview(got)[7:], heard=lambda: heard.append(1))
-    assert len(heard) > len(sent), "who reads a long part is told of its pieces"
+    theirs.read(memoryview(got)[:7], memoryview(got)[7:], heard=heard.append)
+    assert len(heard) > len(sent) and sum(heard) == len(got), "who reads a long part is told of its pieces"
     writing.join(10)
     assert bytes(got) == b"".join(sent)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sent", "said"),
+    [
+        (0, 1.5, "after 6291456 of 12582912 bytes of its UPDATE"),
+        (STREAM, 1.5, "after 6291456 coded bytes of its UPDATE"),
+        (0, 0.0, "after 0 of 12582912 bytes of its UPDATE"),
+    ],
+)
+def test_a_link_that_breaks_says_how_much_of_a_message_had_come(
+    pair: tuple[SocketWire, SocketWire], flags: int, sent: float, said: str
+) -> None:
+    """So many chunks of three are sent, with what goes before them."""
+    lost: list[LinkError] = []
+    over = threading.Event()
+    hub: Any = SimpleNamespace(limit_bytes=1 << 30, in_chunks=frozenset(), spoil=print)
+    hub.take = hub.arrived = lambda *_: None
+    hub.lost = lambda link, error: (lost.append(error), over.set())
+    link = Link(1, pair[0], hub, Traffic(), Traffic(), 60.0)
+    parts = Outgoing(Header(Kind.UPDATE, flags=flags), memoryview(bytes(3 * CHUNK_BYTES)), CHUNK_BYTES).parts()
+    stream = b"".join(map(bytes, (part for piece in parts for part in piece)))
+    before = HEADER_BYTES + math.ceil(sent) * FRAME_BYTES
+    link.start()
+    pair[1].write(memoryview(bytearray(stream[: before + int(sent * CHUNK_BYTES)])))
+    pair[1].close()
+    assert over.wait(10)
+    link.close()
+    assert said in str(lost[0])
 
 
 @pytest.mark.parametrize("closes", [0, 1], ids=["this side", "the other side"])
