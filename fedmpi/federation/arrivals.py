@@ -268,9 +268,9 @@ class Arrivals:
         """The next answer to this round; None where something else came that changes who is waited for."""
         leaders = {self.placement.leader_of[client] for client in self._missing}
         peers = set(filling) if len(filling) >= MOST_WHOLE else leaders | self.roll.behind
-        under_way = {self.placement.leader_of[client] for client in self._begun.keys() & self._missing}
-        if self.post.transport.holds(under_way):  # the fewer are begun, the less has to be kept until they end
-            peers = under_way
+        under_way = [self.placement.leader_of[client] for client in self._begun if client in self._missing]
+        # The sooner one ends, the less has to be kept until it does.
+        peers = next(({peer} for peer in under_way if self.post.transport.holds({peer})), peers)
         began = time.monotonic()
         message = self.roll.receive(peers, f"waiting in round {rnd.index} for clients {sorted(self._missing)}")
         self.tally.outcome.wait_s += time.monotonic() - began
