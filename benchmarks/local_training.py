@@ -6,13 +6,15 @@
 Both run in this process and take turns; a time is that of Trainer.train() and of fit(), without making the model or the
 Trainer. Prints one JSON line; `ratio` is the median time of fit() over that of Trainer.train(): below 1, fit() is faster.
 `cpu_ratio` is the same of processor time, which a busy machine disturbs less. `mfu` is the operations that fit() counts over
-what the GPU's data sheet promises for dense bf16, null where that is not known: give --peak_tflops then.
+what the GPU's data sheet promises for dense bf16, null where that is not known or the precision is another: give --peak_tflops
+then. They are those of the model: its head counts for every token, though fit() computes it where something is to be predicted.
 Peak memory is that of the GPU during the run, less the other one's model. 1b and 7b are a Llama's shapes with random weights in the
 precision's own type, every sample of full length; tiny is in fp32, with lengths spread over the upper half.
 """
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -38,7 +40,10 @@ SHAPES = {
     "1b": (128256, 2048, 8192, 16, 32, 8),
     "7b": (32000, 4096, 11008, 32, 32, 32),
 }
-DENSE_BF16_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
+DENSE_BF16_TFLOPS = {  # the first whose words are all in the name
+    **{"H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989},
+    **{"A100": 312, "L40S": 362, "L4": 121, "A10": 125},
+}
 
 
 def model_with_lora(arguments: argparse.Namespace) -> torch.nn.Module:
@@ -117,9 +122,10 @@ def theirs(arguments: argparse.Namespace, data: list[Example], model: torch.nn.M
 def interleaved(runs: Mapping[str, Callable[[], None]], repeats: int, device: str) -> dict[str, list[tuple[float, float, int]]]:
     """Seconds, processor seconds and peak bytes of every run, after one that warms up; who is first changes from turn to turn."""
     taken: dict[str, list[tuple[float, float, int]]] = {name: [] for name in runs}
-    on_gpu = device.startswith("cuda")
+    on_gpu = device == "cuda"
     for turn in range(repeats + 1):
         for name in sorted(runs, reverse=bool(turn % 2)):
+            gc.collect()  # a Trainer is a knot of references that holds its optimiser's state
             if on_gpu:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
@@ -135,10 +141,16 @@ def interleaved(runs: Mapping[str, Callable[[], None]], repeats: int, device: st
 
 def peak_flops(arguments: argparse.Namespace) -> float | None:
     """Operations a second that the device could do at most, where somebody says so."""
-    if arguments.peak_tflops or not arguments.device.startswith("cuda"):
+    if arguments.peak_tflops or arguments.device != "cuda" or arguments.precision != "bf16":
         return arguments.peak_tflops and arguments.peak_tflops * 1e12
-    name = torch.cuda.get_device_name()
-    return next((tflops * 1e12 for part, tflops in DENSE_BF16_TFLOPS.items() if part in name.split("-")[0].split()), None)
+    return promised(torch.cuda.get_device_name())
+
+
+def promised(name: str) -> float | None:
+    """What the data sheet of a GPU of this name says, of a whole one."""
+    words = set(name.replace("-", " ").split())
+    known = (tflops * 1e12 for part, tflops in DENSE_BF16_TFLOPS.items() if words.issuperset(part.split()))
+    return None if "MIG" in words else next(known, None)
 
 
 def options() -> argparse.Namespace:
@@ -147,13 +159,18 @@ def options() -> argparse.Namespace:
     for name, default in {"steps": 20, "repeats": 5, "batch_size": 8, "length": 128, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--peak_tflops", type=float, help="of the device, dense, in the precision")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
+    return arguments
 
 
 def main() -> None:
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[0]  # of two GPUs a Trainer would take both
     arguments = options()
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
@@ -184,7 +201,7 @@ def main() -> None:
 
 
 def _device(name: str) -> str:
-    return torch.cuda.get_device_name() if name.startswith("cuda") else name
+    return torch.cuda.get_device_name() if name == "cuda" else name
 
 
 if __name__ == "__main__":

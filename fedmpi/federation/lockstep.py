@@ -66,7 +66,7 @@ class Federation:
     _now: Round | None = None
 
     def __post_init__(self) -> None:
-        self._meeting = Meeting(self.placement, self.rank, self.post, self.near)
+        self._meeting = Meeting(self.placement, self.rank, self.post, self.near, self.device)
         self._owned = Owned(self.vault, self._meeting.leads)
         self._turns = Turns(self._meeting, self._owned, self.up, self.device, self.patience_s)
         self._joint = Joint(self.post, self.placement, self.ledger) if self.collective and self.post is not None else None

@@ -26,6 +26,7 @@ class Meeting:
     rank: int
     post: Post | None
     near: str | None = None  # host:port of something that every rank can reach, where there is one
+    device: str = "cpu"  # where this rank computes
     about: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     inner: training.InnerWorld | None = None
     _meet_at: dict[int, str | None] = field(default_factory=dict)  # on the server: where each leader's members meet
@@ -116,7 +117,7 @@ class Meeting:
         """Inside a group the world is the client: its members meet at their leader's store."""
         if meet_at is not None:
             place, role = self.seat.index(self.rank), f"ranks {self.seat[0]} to {self.seat[-1]}"
-            self.inner = training.join(meet_at, place, len(self.seat), 0, timeout_s, role=role)
+            self.inner = training.join(meet_at, place, len(self.seat), 0, timeout_s, role=role, device=self.device)
 
     def farewell(self, roll: Roll | None) -> None:
         """Each client rank tells what it received; on links without a fault that is what the server sent."""

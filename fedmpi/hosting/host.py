@@ -255,11 +255,15 @@ def pick_device(asked: str, local_rank: int) -> str:
     import torch
 
     found = torch.cuda.device_count()
-    if asked == "auto":
-        return f"cuda:{local_rank % found}" if found else "cpu"
+    if not found and asked == "auto":
+        return "cpu"
     if not found:
         raise ConfigError(f"device {asked!r}: torch finds no GPU here; give cpu or auto")
-    return asked if ":" in asked else f"cuda:{local_rank % found}"
+    device = asked if ":" in asked else f"cuda:{local_rank % found}"
+    if int(device.partition(":")[2]) >= found:
+        raise ConfigError(f"device {asked!r}: torch finds {found} GPUs here, from cuda:0 on")
+    torch.cuda.set_device(device)  # libraries that are not told a device take the current one
+    return device
 
 
 def trained_share(tensors: Mapping[str, Any], model: Any) -> float:

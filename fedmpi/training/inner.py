@@ -6,6 +6,7 @@ it never reads or writes a launcher's variables.
 """
 
 import gc
+import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -87,11 +88,13 @@ class InnerWorld:
         _connect(self)
 
     def leave(self) -> None:
-        """Let go of the process group; a member that waits in a collective sees it at once."""
+        """Let go of the process group; a member that waits in a collective sees it at once, with NCCL at its deadline."""
         for let_go in ON_LEAVING:
             let_go()
         gc.collect()  # what an engine leaves behind after a failure may hold the group as well
         if dist.is_initialized():
+            if self.device != "cpu" and dist.group.WORLD is not None:  # NCCL would wait for what is under way
+                dist.group.WORLD._get_backend(torch.device("cuda")).abort()
             dist.destroy_process_group()
 
     def share(self, tensors: Mapping[str, torch.Tensor] | None) -> Tensors:
@@ -158,17 +161,39 @@ def _connect(world: InnerWorld) -> None:
             dist.PrefixStore(prefix, dist.TCPStore(name, int(port), is_master=False, timeout=timeout))  # type: ignore[attr-defined]
             for _ in range(2)
         )
+        if world.device != "cpu":
+            _require_own_gpus(world, board)
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a deadline raises, where by default it kills the process
         dist.init_process_group(
             backend="gloo" if world.device == "cpu" else "cpu:gloo,cuda:nccl",
             store=store,
             rank=world.rank,
             world_size=world.size,
-            timeout=timeout,
+            # NCCL does not see that a member left: who waits for it must give up before the others give up on the turn.
+            timeout=timeout if world.device == "cpu" else timeout / 2,
         )
         world._turns, world._board = 0, board
     except RuntimeError as error:
         where = f"could not meet the others at {world.address} within {world.timeout_s} s"
         raise WorldError(f"{world} {where}: {_first_line(error)}") from error
+
+
+def _require_own_gpus(world: InnerWorld, board: Any) -> None:
+    """Two ranks of a client on one GPU are more than NCCL can do."""
+    keys = [f"gpu{member}" for member in range(world.size)]
+    board.set(keys[world.rank], _gpu(world.device))
+    board.wait(keys, timedelta(seconds=world.timeout_s))
+    gpus = [board.get(key) for key in keys]
+    if sharing := [member for member, gpu in enumerate(gpus) if gpus.count(gpu) > 1]:
+        raise WorldError(
+            f"{world.role}: members {', '.join(map(str, sharing))} of one client would share a GPU: start at most one rank for "
+            "each GPU of a machine, or give --device cpu"
+        )
+
+
+def _gpu(device: str) -> str:
+    """Which one it is, of all that there are."""
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def _own_address(towards: str | None) -> str:

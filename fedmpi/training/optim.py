@@ -36,7 +36,8 @@ def build(parameters: Mapping[str, torch.nn.Parameter], config: Config) -> torch
     """The configured optimiser with nothing to remember. Fused: one call for all the small tensors of an adapter."""
     trained = list(parameters.values())
     if config.optimizer == "sgd":
-        return torch.optim.SGD(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        whole = trained[0].dtype is torch.float32  # torch 2.13 on a CPU forgets most of a fused step in 16 bits
+        return torch.optim.SGD(trained, lr=config.lr, weight_decay=config.weight_decay, fused=whole)
     if config.optimizer in _FOREIGN:
         return _foreign(trained, config)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam

@@ -4,15 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from inner_world_member import LAUNCHER, train, weights
 
+from fedmpi import training
 from fedmpi.errors import PeerLost, WorldError
+from fedmpi.federation.lockstep import Federation
+from fedmpi.round import place
 from fedmpi.tensors import digest
-from fedmpi.training import host, join
+from fedmpi.training import host, inner, join
 
 MEMBER = Path(__file__).with_name("inner_world_member.py")
 CLIENTS = {"client_a": 3, "client_bee": 11}  # steps
@@ -103,6 +107,37 @@ def test_a_member_that_does_not_end_its_turn_is_named_in_time():
             world.settle(None)
     finally:
         world.leave()
+
+
+@pytest.mark.parametrize(("gpus", "shared"), [("aa", "0, 1"), ("ab", "")])
+def test_members_on_one_gpu_are_refused_before_nccl_is_asked(monkeypatch, gpus, shared):
+    """Where each has its own, it is NCCL that is asked next, which is not here."""
+    monkeypatch.setattr(inner, "_gpu", lambda device: gpus[int(device[-1])])
+    asked = []
+    monkeypatch.setattr(inner.dist, "init_process_group", lambda **settings: asked.append(settings["backend"]))
+    monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "0")
+    monkeypatch.delenv("TORCH_NCCL_BLOCKING_WAIT")
+    hosted = host()
+    with ThreadPoolExecutor() as pool:
+        joining = [
+            pool.submit(join, hosted.address, rank, 2, 0, 10.0, role="ranks 1 to 2", device=f"cuda:{rank}") for rank in (0, 1)
+        ]
+        failed = [one.exception() for one in joining]
+    if shared:
+        assert {str(error).partition(":")[0] for error in failed} == {"ranks 1 to 2"} and not asked
+        assert all(
+            isinstance(error, WorldError) and f"members {shared} of one client would share a GPU" in str(error) for error in failed
+        )
+    else:
+        assert failed == [None, None] and asked == ["cpu:gloo,cuda:nccl"] * 2 and os.environ["TORCH_NCCL_BLOCKING_WAIT"] == "1"
+
+
+def test_a_group_meets_where_it_computes(monkeypatch):
+    told = []
+    monkeypatch.setattr(training, "join", lambda *place, **more: told.append(more["device"]))
+    federation = Federation(place(2, 5, 2), 3, device="cuda:1")
+    federation._meeting._sit_down("localhost:1", 9.0)
+    assert told == ["cuda:1"]
 
 
 def test_a_member_that_never_comes_is_named_in_time():

@@ -4,6 +4,7 @@ The benchmark's own path also runs here on the CPU, with one layer of its shape,
 """
 
 import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -50,6 +51,14 @@ def test_the_benchmark_prints_speed_mfu_and_memory(
         assert figures[f"{name}_tokens_per_s"] > 0
         assert 0 < figures[f"{name}_mfu"] < 1 if "cuda" not in size or figures[f"{name}_mfu"] else True  # no data sheet, no share
         assert figures[f"{name}_peak_gib"] is None if "cuda" not in size else figures[f"{name}_peak_gib"] > 0
+
+
+def test_what_a_gpu_could_do_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+    promised = importlib.import_module("local_training").promised
+    names = ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA L4")
+    assert [promised(name) for name in names] == [989e12, 989e12, 756e12, 312e12, 362e12, 121e12]
+    assert promised("NVIDIA H200 MIG 1g.18gb") is promised("NVIDIA GB200") is None, "a part of one, and one that nobody told of"
 
 
 def rows() -> list[Any]:

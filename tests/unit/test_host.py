@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from fedmpi import data, evaluation, models, training
 from fedmpi.errors import ConfigError
 from fedmpi.hosting.base import Base
-from fedmpi.hosting.host import Host
+from fedmpi.hosting.host import Host, pick_device
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,20 @@ def test_a_length_above_the_models_positions_is_refused(base):
     for part in (lambda h: h.examples(0), lambda h: h.heldout):
         with pytest.raises(ConfigError, match=words):
             part(host(base, max_length=2049))
+
+
+def test_ranks_share_the_gpus_that_there_are(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [pick_device(asked, 3) for asked in ("auto", "cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:1", "cuda:0", "cpu"]
+    assert taken == ["cuda:1", "cuda:1", "cuda:0"], "what is not told a device takes the current one"
+    with pytest.raises(ConfigError, match="device 'cuda:2': torch finds 2 GPUs here"):
+        pick_device("cuda:2", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert pick_device("auto", 3) == "cpu"
+    with pytest.raises(ConfigError, match="no GPU here"):
+        pick_device("cuda", 0)
 
 
 def test_like_lengths_meet_only_where_asked(base):

@@ -76,15 +76,16 @@ def test_pure_half_computes_in_the_type_of_the_base_and_gives_fp32_back(dtype):
     assert all(value.dtype is torch.float32 and torch.equal(value, value.to(dtype).float()) for value in values.values())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
-def test_steps_in_float16_are_no_longer_than_in_fp32(optimizer):
-    """Squares of small gradients are 0 there, and an epsilon of 1e-8 would let such a step be a thousand times as long."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam"])
+def test_a_step_in_half_is_about_as_long_as_in_fp32(optimizer, dtype):
+    """torch's fused SGD forgets most of it on a CPU; Adam's is a thousand times as long with an epsilon that is 0 in float16."""
     moved = {}
-    for dtype, precision in ((torch.float32, "fp32"), (torch.float16, "half")):
-        model = with_lora(llama().to(dtype))
-        fitted(model, precision=precision, optimizer=optimizer, lr=1e-3, steps=1)
-        moved[precision] = max(float(values.abs().max()) for name, values in trained(model).items() if ".lora_B." in name)
-    assert moved["half"] <= 1.1 * moved["fp32"]
+    for base, precision in ((torch.float32, "fp32"), (dtype, "half")):
+        model = with_lora(llama().to(base))
+        fitted(model, precision=precision, optimizer=optimizer, steps=1)
+        moved[precision] = float(torch.cat([v.flatten() for name, v in trained(model).items() if ".lora_B." in name]).norm())
+    assert 0.5 < moved["half"] / moved["fp32"] < 1.1
 
 
 def test_pure_half_on_a_base_in_fp32_is_refused():
