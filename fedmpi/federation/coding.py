@@ -162,10 +162,6 @@ class Encoding:
         place = self._places[number]
         meant = self._meant(place)
         data = self.code.encode(place, meant, self._seed)
-        if self._maker is not None:  # for several senders, each of which would copy it to where it can be lent
-            there = room(self.code.most_bytes(place), torch.uint8, to_lend=True).numpy().data[: len(data)]
-            there[:] = data
-            data = there
         if number == self._num_made:
             self._num_made, self.num_bytes = number + 1, self.num_bytes + len(data)
             self._note(place, meant, data)
