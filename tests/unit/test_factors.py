@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedmpi.aggregation import Config, Made, Start, aggregate, narrowed, trained
 from fedmpi.tensors import Tensors
@@ -120,6 +121,29 @@ def test_flexlora_is_the_best_of_its_rank(ranks: tuple[int, ...]) -> None:
         u, values, v = np.linalg.svd(ideal(sent, module))
         best = (u[:, :RANK] * values[:RANK]) @ v[:RANK]
         np.testing.assert_allclose(dense(made.adapter, module), best, atol=1e-5)
+
+
+class Sizes(TorchDispatchMode):
+    """The largest tensor that anything makes."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        parts = made if isinstance(made, list | tuple) else [made]
+        self.most = max(self.most, *(part.numel() for part in parts if isinstance(part, torch.Tensor)), 0)
+        return made
+
+
+@pytest.mark.parametrize("rule", ["mean", "ffa", "rolora", "fedex", "flora", "flexlora"])
+def test_no_rule_forms_a_matrix_of_the_size_of_a_weight(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where it aggregates nor for its error."""
+    monkeypatch.setitem(MODULES, "m.0.q", (3000, 3000))
+    sent = updates(rule, ranks=UNEQUAL)
+    with Sizes() as sizes:
+        made = aggregate(sent, start(rule, fresh=lambda: drawn(5)))
+    assert "aggregation_error" in made.figures
+    assert 3000 * RANK <= sizes.most < 3000 * 3000 / 50  # factors, and pieces of a mean
 
 
 def test_unequal_ranks_count_as_zero_beyond_their_own() -> None:
