@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from fedmpi.models.virtual import to_continue as to_continue
     from fedmpi.models.virtual import virtual_positions as virtual_positions
 
-# bitsandbytes asks in vain for an optional kernel from the hub.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# bitsandbytes asks in vain for an optional kernel from the hub, and says at every product that int8 is multiplied in float16.
+for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ def load_model(config: Config, device: str | torch.device = "cpu") -> PreTrained
         raise ModelError(f"model.path {config.path} lacks {len(wrong)} weights, or their shape differs: {', '.join(wrong[:3])}")
     model.name_or_path = public_name(config)
     model.requires_grad_(False).eval()
+    quantized.keep_as_loaded(model)
     return model if config.quantization != "none" else model.to(device)  # quantised it is there, and may not be moved
 
 

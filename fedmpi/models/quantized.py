@@ -27,6 +27,13 @@ def loading(config: Config, dtype: torch.dtype, device: str | torch.device) -> d
     return {"quantization_config": wanted, "device_map": {"": torch.device(device)}}
 
 
+def keep_as_loaded(model: torch.nn.Module) -> None:
+    """On CPUs that know bfloat16, bitsandbytes packs nf4 anew where it is first evaluated: rounded, and without gradients."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def held_bytes(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], quantization: str) -> int:
     """What these tensors of a model of shapes take once its frozen linear layers, the head aside, are packed as `loading` asks."""
     head = model.get_output_embeddings()  # type: ignore[operator]

@@ -9,6 +9,7 @@ from small_models import PAD, examples, llama, with_lora
 
 from fedmpi import models
 from fedmpi.errors import ConfigError, ModelError, TrainingError
+from fedmpi.evaluation import heldout_loss
 from fedmpi.models import costs
 from fedmpi.settings import recipe
 from fedmpi.training import Config, fit, optim
@@ -33,8 +34,10 @@ def test_a_quantised_base_is_small_stays_as_it_is_and_its_adapter_learns(quantiz
     model = models.add_adapter(base, models.PeftConfig(), 0)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    before = heldout_loss(model, examples(8), 8, PAD).loss  # as in every run, and what bitsandbytes would pack the base for
     result = fit(model, examples(8), Config(steps=8, batch_size=8, lr=1e-2), seed=0, pad_id=PAD)
-    assert result.last_loss < 0.95 * result.first_loss
+    assert result.last_loss < 0.95 * result.first_loss and heldout_loss(model, examples(8), 8, PAD).loss < 0.95 * before
+    assert all(values.any() for name, values in models.trainable(model).items() if ".lora_B." in name)
     assert all(torch.equal(frozen[name], p) for name, p in model.named_parameters() if name in frozen)
     assert places == {name: p.data_ptr() for name, p in model.named_parameters()}
     assert {tensor.dtype for tensor in models.trainable(model).values()} == {torch.float32}
