@@ -43,7 +43,7 @@ def run(given: argparse.Namespace) -> int:
         raise ConfigError(f"{given.run_dir} is no run folder: it has no config.yaml")
     if out.exists():
         raise ConfigError(f"--out {out} is there already: give another folder, or remove it")
-    model: Any = models.merged(models.load_model(target.model), target.adapter)
+    model: Any = models.merged(models.load_in_full(target.model), target.adapter)
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

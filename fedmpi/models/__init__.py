@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedmpi.models.adapters import write as write
     from fedmpi.models.backbone import base_of as base_of
     from fedmpi.models.backbone import dtype_of as dtype_of
+    from fedmpi.models.backbone import load_in_full as load_in_full
     from fedmpi.models.backbone import load_model as load_model
     from fedmpi.models.backbone import load_shapes as load_shapes
     from fedmpi.models.backbone import load_tokenizer as load_tokenizer
@@ -141,7 +142,9 @@ def _numbers(key: str, text: str) -> tuple[int, ...]:
 __getattr__ = door(
     __name__,
     {
-        **dict.fromkeys(("base_of", "dtype_of", "public_name", "load_tokenizer", "load_model", "load_shapes"), "backbone"),
+        **dict.fromkeys(
+            ("base_of", "dtype_of", "public_name", "load_tokenizer", "load_model", "load_in_full", "load_shapes"), "backbone"
+        ),
         **dict.fromkeys(
             (
                 "add_adapter",

@@ -83,6 +83,13 @@ def load_model(config: Config, device: str | torch.device = "cpu") -> PreTrained
     return model if config.quantization != "none" else model.to(device)  # quantised it is there, and may not be moved
 
 
+def load_in_full(config: Config) -> PreTrainedModel:
+    """The same model, what was quantised in the number format of the rest: products that are added to it are not rounded away."""
+    model = load_model(config)
+    with _quiet():
+        return model if config.quantization == "none" else model.dequantize()
+
+
 def load_shapes(config: Config, device: str = "cpu") -> PreTrainedModel:
     """The backbone from its config.json alone: names, shapes and number format, no memory."""
     base = base_of(config)

@@ -29,6 +29,7 @@ def loading(config: Config, dtype: torch.dtype, device: str | torch.device) -> d
 
 def keep_as_loaded(model: torch.nn.Module) -> None:
     """On CPUs that know bfloat16, bitsandbytes packs nf4 anew where it is first evaluated: rounded, and without gradients."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

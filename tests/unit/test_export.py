@@ -11,9 +11,9 @@ from fedmpi.evaluation.loss import inference
 from fedmpi.settings.recipe import Recipe
 
 
-def finished_run(folder, peft, dtype="float32"):
+def finished_run(folder, peft, dtype="float32", quantization="none"):
     """The folder of a run that left an adapter with some values."""
-    recipe = Recipe(model=models.Config(dtype=dtype), peft=peft)
+    recipe = Recipe(model=models.Config(dtype=dtype, quantization=quantization), peft=peft)
     folder.mkdir()
     (folder / "config.yaml").write_text(config.to_yaml(recipe.settings()))
     model = models.add_adapter(models.load_model(recipe.model), peft, 0)
@@ -51,6 +51,20 @@ def test_the_merged_model_is_the_adapter_on_its_base(tmp_path, capsys, peft, dty
     assert again.config.dtype == getattr(torch, dtype)
     for path in (tmp_path / "out").glob("*.json"):
         assert str(tmp_path) not in path.read_text()
+
+
+@pytest.mark.parametrize(("quantization", "tolerance"), [("nf4", 2e-4), ("int8", 0.1)])
+def test_on_a_quantised_base_it_is_merged_into_what_the_run_trained_on(tmp_path, quantization, tolerance):
+    """In full numbers, where a small product is not rounded away; int8 rounds what goes into a product, too."""
+    pytest.importorskip("bitsandbytes", reason="no bitsandbytes here: pip install 'fedmpi[quant]'")
+    model = finished_run(tmp_path / "run", models.PeftConfig(), quantization=quantization)
+    assert export.main([str(tmp_path / "run"), "--merge"]) == 0
+    again = models.load_model(models.Config(str(tmp_path / "run" / "merged")))
+    assert {p.dtype for p in again.parameters()} == {torch.float32} and "quant" not in again.config.to_json_string()
+    ids = torch.arange(5, 40)[None]
+    with inference(model), inference(again):
+        expected, found = model(ids).logits, again(ids).logits
+    assert (expected - found).abs().max() <= tolerance * expected.abs().max()
 
 
 def test_the_default_folder_is_written_once(tmp_path, capsys):
