@@ -99,7 +99,7 @@ class Program:
     def run(self) -> int:
         """Gives the exit code, the same on every rank."""
         path = self._path()
-        training.check(self.recipe.train, self.recipe.model.quantization)
+        self._check()
         training.load_hooks(self.recipe.train.hooks)  # a wrong name fails now, not in every client's turn
         with self._held(path):
             self._tell(path, "running")
@@ -108,6 +108,15 @@ class Program:
             except BaseException:
                 self._tell(path, "failed")
                 raise
+
+    def _check(self) -> None:
+        """Refuse what this rank could not train."""
+        from fedmpi import models
+        from fedmpi.hosting.host import pick_device
+
+        device, model = pick_device(self.recipe.device, self.world.local_rank), self.recipe.model
+        dtype = str(models.dtype_of(model, device)).removeprefix("torch.")
+        training.check(self.recipe.train, model.quantization, device, dtype)
 
     def _held(self, path: Path) -> AbstractContextManager[Any]:
         """The run folder, taken and locked by the server; another's is not even locked."""

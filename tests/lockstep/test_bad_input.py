@@ -73,6 +73,8 @@ def said(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (("--server_optimizer=adam", "--aggregation.rule=fedex"), ["server_optimizer adam", "rule fedex"]),
         (("--server_optimizer=sgd",), ["server_optimizer", "sgd", "adam"]),
         (("--server.lr=0.1",), ["server.", "server_optimizer"]),
+        (("--train.precision=half",), ["train.precision half", "float32", "model.dtype float16 or bfloat16"]),
+        (("--train.optimizer=paged_adamw",), ["train.optimizer paged_adamw", "no GPU"]),
         (("--peft.client_ranks=4,16",), ["peft.client_ranks has 16", "peft.rank, 8"]),
         (("--peft.client_ranks=4,two",), ["peft.client_ranks", "4,two"]),
     ],
