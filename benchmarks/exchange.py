@@ -30,7 +30,7 @@ from fedmpi import transports
 from fedmpi.aggregation.mean import Sums, grid_scale, largest
 from fedmpi.federation.updates import Update
 from fedmpi.round import SERVER
-from fedmpi.tensors import Tensors
+from fedmpi.tensors import Tensors, copies
 from fedmpi.transports.base import Transport
 from fedmpi.world import from_environment
 
@@ -259,7 +259,7 @@ def measure(asked: argparse.Namespace, transport: Transport, make_floor: Callabl
     weights = [ranks.weight_of(client) for client in range(num_clients)]
     fed = ranks.federation(transport, num_clients, WARM_UP + asked.rounds, asked.exchange)
     started_s = ranks.seconds_since_start()
-    mine = ranks.adapter(int(asked.mib * 2**20), seed=rank)
+    mine = copies(ranks.adapter(int(asked.mib * 2**20), seed=rank))  # as what is taken out of a model lies
     held = mine if rank == SERVER else None
     clients = {client: ranks.Client(client, mine) for client in fed.placement.hosted_by(rank)} if rank != SERVER else {}
     rounds = fed.rounds()

@@ -41,7 +41,7 @@ def room(num: int, dtype: torch.dtype, to_lend: bool = False) -> torch.Tensor:
                 if now - one.used > KEPT_S:
                     _rooms.remove(one)
                     one.close()
-            _rooms.append(found := _lendable(size) if to_lend else _Room(_huge(size)))
+            _rooms.append(found := _new(size, to_lend))
         found.used = now
         return torch.frombuffer(found.memory, dtype=dtype, count=num)
 
@@ -56,6 +56,13 @@ def lent(memory: memoryview) -> tuple[int, int] | None:
     return None
 
 
+def _new(size: int, to_lend: bool) -> "_Room":
+    if to_lend:
+        with suppress(OSError):  # as many files are open as may be; then it is memory like any other
+            return _lendable(size)
+    return _Room(_huge(size))
+
+
 def _huge(size: int, file: int = -1) -> mmap.mmap:
     kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if file < 0 else mmap.MAP_SHARED
     memory = mmap.mmap(file, size, flags=kind)
@@ -67,8 +74,12 @@ def _huge(size: int, file: int = -1) -> mmap.mmap:
 def _lendable(size: int) -> "_Room":
     """Sealed, so that nobody else can change it, or cut it short."""
     file = os.memfd_create("fedmpi", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(file, size)
-    memory = _huge(size, file)
+    try:
+        os.ftruncate(file, size)
+        memory = _huge(size, file)
+    except OSError:
+        os.close(file)
+        raise
     with suppress(OSError):  # before Linux 5.1
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
     return _Room(memory, file=file, address=np.frombuffer(memory, np.uint8).ctypes.data)

@@ -174,7 +174,10 @@ def step_of(model: Any, batch_size: int, length: int) -> Step:
         weights = [fake.from_tensor(tensor) for tensor in (*model.parameters(), *model.buffers())]  # alive, or they are made anew
         held |= {tensor.untyped_storage()._cdata for tensor in weights}
         ids = torch.zeros(batch_size, length, dtype=torch.long, device=device)
-        logits = model.train()(input_ids=ids, use_cache=False).logits[:, front:]
+        for module in model.train().modules():
+            if hasattr(module, "layerdrop"):  # whether a layer is left out is decided by a number, and there is none
+                module.training = False
+        logits = model(input_ids=ids, use_cache=False).logits[:, front:]
         cross_entropy(logits.float().flatten(0, 1), ids.flatten())
     return Step(seen.work(model), sum(kept.values()))
 

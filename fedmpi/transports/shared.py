@@ -89,7 +89,8 @@ class SharedWire:
             copied = room(len(part), torch.uint8, to_lend=True)
             np.copyto(copied.numpy(), np.frombuffer(part, np.uint8))
             place = lent(part := copied.numpy().data)
-        assert place is not None
+        if place is None:
+            raise ConnectionError("no memory can be lent here: too many files are open (ulimit -n)")
         while len(self._lent) >= MOST_LENT:
             self._given_back()
         file, start = place

@@ -4,6 +4,7 @@ import array
 import fcntl
 import mmap
 import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -59,19 +60,31 @@ def test_a_part_of_lendable_memory_is_lent_where_it_lies(ends: tuple[SharedWire,
 
 
 def test_the_next_pieces_are_made_ready_while_one_is_copied_and_none_is_free_before(ends: tuple[SharedWire, SharedWire]) -> None:
-    pieces = [room(NUM, torch.uint8, to_lend=True).random_(0, 256) for _ in range(shared.MOST_LENT)]
+    size = 7 * NUM + 64  # like nothing that other tests have left idle
+    pieces = [room(size, torch.uint8, to_lend=True).random_(0, 256) for _ in range(shared.MOST_LENT)]
     addresses = {piece.data_ptr() for piece in pieces}
-    wanted, got = [piece.clone() for piece in pieces], [torch.empty(NUM, dtype=torch.uint8) for _ in pieces]
+    wanted, got = [piece.clone() for piece in pieces], [torch.empty(size, dtype=torch.uint8) for _ in pieces]
     for piece in pieces:
         ends[0].write(piece.numpy().data)  # does not wait for anybody
     del piece, pieces
-    assert room(NUM, torch.uint8, to_lend=True).data_ptr() not in addresses
+    assert room(size, torch.uint8, to_lend=True).data_ptr() not in addresses
     thread = threading.Thread(target=ends[0].flush)
     thread.start()
     ends[1].read(*(part.numpy().data for part in got), heard=int)
     thread.join()
     assert all(map(torch.equal, got, wanted))
-    assert room(NUM, torch.uint8, to_lend=True).data_ptr() in addresses
+    assert room(size, torch.uint8, to_lend=True).data_ptr() in addresses
+
+
+def test_where_no_more_files_may_be_open_memory_is_there_and_is_not_lent() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    size = 11 * NUM + 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        values = room(size, torch.uint8, to_lend=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert values.fill_(3).sum() == 3 * size and lent(values.numpy().data) is None
 
 
 def test_nobody_else_can_change_lendable_memory_or_cut_it_short() -> None:
