@@ -1,6 +1,7 @@
 """Aggregation: pure functions from updates to the next adapter. They know weights and tensors; never ranks, links or models.
 
 mean        the exact weighted mean, order-free, holding one sum
+pieces      updates as they come, part by part
 check       what an update must be before it counts, piece by piece
 factors     averages of products B A on their factors: exact, redistributed, padded; and how far a rule is from the average
 robust      rules that bear hostile updates
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     from fedmpi.aggregation.factors import narrowed as narrowed
     from fedmpi.aggregation.factors import told as told
     from fedmpi.aggregation.factors import trained as trained
-    from fedmpi.aggregation.mean import Weighted as Weighted
     from fedmpi.aggregation.mean import exact_mean as exact_mean
     from fedmpi.aggregation.mean import grid_scale as grid_scale
     from fedmpi.aggregation.mean import largest as largest
     from fedmpi.aggregation.mean import most_of as most_of
+    from fedmpi.aggregation.pieces import Weighted as Weighted
     from fedmpi.aggregation.spool import Spool as Spool
     from fedmpi.aggregation.step import Made as Made
     from fedmpi.aggregation.step import Start as Start
@@ -120,9 +121,10 @@ class ServerConfig:
 __getattr__ = door(
     __name__,
     {
-        **dict.fromkeys(("exact_mean", "grid_scale", "largest", "most_of", "Weighted"), "mean"),
+        **dict.fromkeys(("exact_mean", "grid_scale", "largest", "most_of"), "mean"),
         **dict.fromkeys(("begin", "most_move", "Check", "Wanted"), "check"),
         **dict.fromkeys(("narrowed", "told", "trained"), "factors"),
+        "Weighted": "pieces",
         "Spool": "spool",
         **dict.fromkeys(("aggregate", "Made", "Start"), "step"),
     },

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from fedmpi.aggregation.mean import Piece, Void, Weighted
+from fedmpi.aggregation.pieces import Piece, Void, Weighted
 from fedmpi.aggregation.scratch import Scratch
 from fedmpi.tensors import Tensors, num_bytes
 

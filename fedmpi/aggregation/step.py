@@ -12,7 +12,8 @@ import torch
 
 from fedmpi.aggregation import Config, ServerConfig, factors, optimisers, robust
 from fedmpi.aggregation.check import MEDIAN, move
-from fedmpi.aggregation.mean import Streamed, exact_mean, mean_of
+from fedmpi.aggregation.mean import exact_mean, mean_of
+from fedmpi.aggregation.pieces import Streamed
 from fedmpi.aggregation.spool import Sent, Spool
 from fedmpi.tensors import Tensors
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from fedmpi.aggregation.check import Check, Look, whole
-from fedmpi.aggregation.mean import Piece, Void
+from fedmpi.aggregation.pieces import Piece, Void
 from fedmpi.codecs import Chains
 from fedmpi.errors import ProtocolError, TrainingError
 from fedmpi.federation.coding import Decoding

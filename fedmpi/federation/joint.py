@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedmpi.aggregation.mean import Piece
+from fedmpi.aggregation.pieces import Piece
 from fedmpi.errors import ProtocolError, QuorumLost, TrainingError
 from fedmpi.federation.post import Post
 from fedmpi.federation.sums import Answers, Own

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fedmpi.aggregation.check import Check, whole
-from fedmpi.aggregation.mean import Piece, Sums
+from fedmpi.aggregation.mean import Sums
+from fedmpi.aggregation.pieces import Piece
 from fedmpi.errors import PeerSilent, ProtocolError, TrainingError
 from fedmpi.federation.arrivals import Tally, failure
 from fedmpi.federation.conductor import weight_of

@@ -9,7 +9,8 @@ import torch
 
 from fedmpi.aggregation import Check, Spool, exact_mean
 from fedmpi.aggregation.check import Look
-from fedmpi.aggregation.mean import Streamed, mean_of
+from fedmpi.aggregation.mean import mean_of
+from fedmpi.aggregation.pieces import Streamed
 from fedmpi.errors import PeerLost, ProtocolError, TrainingError
 from fedmpi.federation import Conductor, Federation, Outcome, Update
 from fedmpi.federation.arrivals import Arrivals, Tally

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import fedmpi.tensors
 from fedmpi.aggregation import exact_mean, grid_scale, largest
 from fedmpi.aggregation import mean as module
-from fedmpi.aggregation.mean import Piece
+from fedmpi.aggregation import pieces as cutting
+from fedmpi.aggregation.pieces import Piece
 from fedmpi.errors import NonFinite, TrainingError
 
 SIZES = st.integers(1, 5)
@@ -186,6 +187,7 @@ def test_adapters_of_all_sizes_take_the_same_arithmetic(monkeypatch: pytest.Monk
     expected = exact_mean(updates, scale)
     for block, large in ((8, 1), (16, 1 << 30), (1 << 15, 1)):
         monkeypatch.setattr(module, "_BLOCK", block)
+        monkeypatch.setattr(cutting, "TOGETHER", block)
         monkeypatch.setattr(fedmpi.tensors, "LARGE_BYTES", large)
         assert same(exact_mean(updates, scale), expected)
 
@@ -261,6 +263,7 @@ def test_the_mean_of_any_types_is_made_in_the_memory_of_its_sums(
 
     monkeypatch.setattr(module, "room", counting)
     monkeypatch.setattr(module, "_BLOCK", 4)
+    monkeypatch.setattr(cutting, "TOGETHER", 4)
     generator = torch.Generator().manual_seed(0)
     drawn = [
         {str(n): torch.randn(n, generator=generator).to(dtype) for n, dtype in zip((9, 13, 6), dtypes, strict=True)}
