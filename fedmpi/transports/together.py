@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 POLL_S = 0.05
 BROADCAST_BYTES = 16 << 20  # pieces: on a tree of ranks, one travels on while the next comes; smaller ones cost more than that wins
-SUM_BYTES = 4 << 20
+SUM_BYTES = 32 << 20
 
 
 class Body(Protocol):
