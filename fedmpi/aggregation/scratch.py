@@ -21,13 +21,27 @@ class Scratch:
         self._folder, self._memory = folder, io.BytesIO()
         self._file: IO[bytes] | None = None
 
+    def claim(self, end: int) -> None:
+        """Make sure of room for so many bytes: who writes while others wait for him must not find the disk full."""
+        if end > IN_MEMORY_BYTES:
+            try:
+                if self._file is None:
+                    self._to_file()
+                assert self._file is not None
+                os.posix_fallocate(self._file.fileno(), 0, end)
+            except OSError as error:
+                raise self._full(error) from None
+
     def write(self, place: int, data: memoryview, end: int = 0) -> None:
         """Put bytes at a place. What will reach to such an `end` never begins in memory: malloc would keep what it had grown to."""
         try:
             self._write(place, data, max(end, place + len(data)))
         except OSError as error:
-            where = f"{self._folder}" if self._folder is not None else f"{tempfile.gettempdir()} (TMPDIR sets where that is)"
-            raise CheckpointError(f"scratch space in {where} takes no more: {error.strerror}; free some, and start again") from None
+            raise self._full(error) from None
+
+    def _full(self, error: OSError) -> CheckpointError:
+        where = f"{self._folder}" if self._folder is not None else f"{tempfile.gettempdir()} (TMPDIR sets where that is)"
+        return CheckpointError(f"scratch space in {where} takes no more: {error.strerror}; free some, and start again")
 
     def _write(self, place: int, data: memoryview, end: int) -> None:
         if self._file is None and end > IN_MEMORY_BYTES:

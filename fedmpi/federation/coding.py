@@ -115,7 +115,7 @@ class Encoding:
         self._seed, self._values = seed, Packed(tensors, self.manifest)
         self._origin = before.over(self.manifest) if chains.delta else None
         self._lost = lost.over(self.manifest) if chains.feedback else None
-        self.left = park(self.manifest) if chains.feedback and park is not None else None
+        self.parked = park(self.manifest) if chains.feedback and park is not None else None
         in_memory = chains.feedback and park is None
         self._residual = room(self.manifest.num_bytes // 4, torch.float32) if in_memory else None
         self._maker = maker
@@ -155,7 +155,7 @@ class Encoding:
     def lost(self) -> Tensors:
         """What it does not say, where that is fed back."""
         if self._residual is None:
-            return {} if self.left is None else _fed_back(self.code.chains, self.left.tensors)
+            return {} if self.parked is None else _fed_back(self.code.chains, self.parked.tensors)
         return _fed_back(self.code.chains, unpack(self._residual.view(torch.uint8), self.manifest))
 
     def _make(self, number: int) -> memoryview:
@@ -163,8 +163,8 @@ class Encoding:
         meant = self._meant(place)
         data = self.code.encode(place, meant, self._seed)
         if number == self._num_made:
-            self._num_made, self.num_bytes = number + 1, self.num_bytes + len(data)
             self._note(place, meant, data)
+            self._num_made, self.num_bytes = number + 1, self.num_bytes + len(data)
         self._kept[number] = data
         if len(self._kept) > NUM_KEPT:
             del self._kept[min(self._kept)]
@@ -172,13 +172,13 @@ class Encoding:
 
     def _note(self, place: slice, meant: torch.Tensor, data: memoryview) -> None:
         """What this chunk will be decoded to, and what that lacks."""
-        if self._residual is None and self.left is None and self._decoded is None:
+        if self._residual is None and self.parked is None and self._decoded is None:
             return
         values, there = self.code.decode(place, data), slice(place.start // 4, place.stop // 4)
         if self._residual is not None:
             torch.sub(meant, values, out=self._residual[there])
-        if self.left is not None:
-            self.left.put(place, (meant - values).numpy().data.cast("B"))
+        if self.parked is not None:
+            self.parked.put(place, (meant - values).numpy().data.cast("B"))
         if self._decoded is not None:
             self._decoded[there] = _undone(self.code, place, values, self._origin)
 
@@ -284,4 +284,4 @@ class Downlink:
         self.before, self.lost = Known(part(tensors, "before/")), Known(part(tensors, "lost/"))
 
     def _after(self, made: Encoding) -> tuple[State, State]:
-        return Known(made.tensors if self.chains.delta else {}), made.left or NOTHING
+        return Known(made.tensors if self.chains.delta else {}), made.parked or NOTHING

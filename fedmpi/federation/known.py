@@ -49,6 +49,7 @@ class Parked:
     def __init__(self, manifest: Manifest, scratch: Path | None, fingerprint: int = 0) -> None:
         self.fingerprint, self._manifest = fingerprint, manifest
         self._scratch = Scratch(scratch)
+        self._scratch.claim(manifest.num_bytes)
         finalize(self, self._scratch.close)
 
     def put(self, place: slice, data: memoryview) -> None:

@@ -7,6 +7,7 @@ as well. It knows links and messages; never rounds' meaning, clients' work or wh
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fedmpi.transports.base import Transport
 from fedmpi.transports.inbox import Message
 
 MOST_JSON_BYTES = 1 << 20
+NOBODY: Mapping[int, Collection[int]] = {}
 
 
 class Post:
@@ -34,7 +36,7 @@ class Post:
         self._told: set[tuple[int, int]] = set()  # (peer, hash) that this rank has announced
         self._last: tuple[tuple[object, ...], Manifest] | None = None
         self.on_lost: Callable[[], None] | None = None  # told of a failed sending, which then is no error
-        self._leaving: Callable[[], Mapping[int, LinkError]] | None = None  # what is under way behind what this rank does
+        self._leaving: list[tuple[set[int], Callable[[], Mapping[int, LinkError]]]] = []  # behind what this rank does, and to whom
 
     def receive(self, peers: Collection[int], phase: str) -> Message:
         """The next message of any of these peers, manifests aside: those are learnt on the way."""
@@ -75,11 +77,12 @@ class Post:
         client: int = -1,
         note: Mapping[str, Any] | None = None,
         behind: bool = False,
+        told: Mapping[int, Collection[int]] | None = None,
     ) -> Tensors:
         """Tensors, and one small object before them, to each of these peers; gives back what they will decode.
 
         To one peer, chunks are put together on the way; for several, before it, lest each of them has its own. Where they may leave
-        behind other work, they must not change until `all_left`.
+        behind other work, they must not change until `all_left`. Once a peer has them, those it is `told` for hear an empty word.
         """
         manifest = self.manifest_of(tensors)
         for peer in peers:
@@ -87,7 +90,7 @@ class Post:
         header = Header(kind, round_index, client, manifest.num_bytes, manifest.hash)
         said = b"" if note is None else json.dumps(note).encode()
         packed: Payload = Packed(tensors, manifest)
-        self._send(peers, header, packed if len(peers) == 1 else packed[: len(packed)], said, behind)
+        self._send(peers, header, packed if len(peers) == 1 else packed[: len(packed)], said, behind, told or {})
         return tensors  # raw bytes are decoded to what they were
 
     def send_coded(
@@ -204,26 +207,45 @@ class Post:
         traffic = (*self.transport.sent.values(), *self.transport.received.values(), *self.transport.past)
         return sum(way.payload_bytes + way.header_bytes for way in traffic)
 
-    def _send(self, peers: Collection[int], header: Header, payload: Payload, note: bytes = b"", behind: bool = False) -> None:
-        """One message at a time is under way, so that peers hear in the order in which they are spoken to."""
-        self.all_left()
-        if peers:
-            with self.apart():
-                self._leaving = self.transport.send_all(peers, header, payload, note)
-        if not behind:
+    def _send(
+        self,
+        peers: Collection[int],
+        header: Header,
+        payload: Payload,
+        note: bytes = b"",
+        behind: bool = False,
+        told: Mapping[int, Collection[int]] = NOBODY,
+    ) -> None:
+        """Peers hear in the order in which they are spoken to."""
+        reached = {*peers, *chain.from_iterable(told.values())}
+        if any(reached & busy for busy, _ in self._leaving):
             self.all_left()
+        word = Header(header.kind, header.round, header.client)
+        with self.apart():
+            left = self.transport.send_all(
+                peers, header, payload, note, behind, lambda peer: self.transport.send_all(told.get(peer, ()), word)()
+            )
+        if behind:
+            self._leaving.append((reached, left))
+        else:
+            self._lost(left)
 
-    def all_left(self) -> None:
-        """Return when nothing is under way any more, or it is known what will not arrive."""
-        left, self._leaving = self._leaving, None
-        if left is None:
-            return
+    def all_left(self) -> set[int]:
+        """Return when nothing is under way any more; gives the peers that are known not to have got all."""
+        lost: set[int] = set()
+        while self._leaving:
+            lost |= self._lost(self._leaving.pop(0)[1])
+        return lost
+
+    def _lost(self, left: Callable[[], Mapping[int, LinkError]]) -> set[int]:
+        """Wait for the end of a message; the peers that it will not reach, where that is no error."""
         with self.apart():
             failed = left()
         for error in failed.values():
             if self.on_lost is None:
                 raise error
             self.on_lost()
+        return set(failed)
 
     def alarm(self, peer: int, kind: Kind, text: str, round_index: int, client: int) -> None:
         """A few words from any thread, while the one that the post belongs to may do whatever it does."""

@@ -1,10 +1,10 @@
 """The server's side of a broadcast: who gets what of it, coded or raw, and how many bytes that was.
 
-A raw one leaves while the first updates come in, so a slow link holds up nobody but its own rank. Who is given it goes into the
-books when it has left. This module must never know what is sent, or what becomes of it.
+A raw one leaves while the first updates come in, so a slow link holds up nobody but its own rank; it must not change until all of
+them are in. A coded one is short, and has left before. This module must never know what is sent, or what becomes of it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -41,19 +41,22 @@ class Spread:
         able = set() if coded is None else self.downlink.readers(first)
         if coded is not None and self.post is not None:
             self.post.send_coded(sorted(able), coded, rnd.index)
+            for leader in able:
+                self.post.send_bytes(self._members(leader), Kind.BROADCAST, b"", rnd.index)
         decoded = tensors if coded is None else coded.finished().tensors
         self.downlink.told(first)
+        gone = self.roll.gone if self.roll is not None else ()
+        self.ledger.down.update({first[holder]: coded.num_bytes for holder in able - set(gone)} if coded is not None else {})
         whole = first.keys() - able
         parts = [(decoded, whole)] if self.moved is None else self.moved.parts(decoded, whole)
-        sizes = {first[holder]: num_bytes(part) for part, holders in parts for holder in holders}
-        sizes |= {first[holder]: coded.num_bytes for holder in able} if coded is not None else {}
+        sizes = {holder: num_bytes(part) for part, holders in parts for holder in holders}
         if self.post is None:
-            self.ledger.down.update(sizes)
+            self.ledger.down.update({first[holder]: size for holder, size in sizes.items()})
             return decoded
-        for leader in first:  # members wait on their own link until it is time to turn to their leader
-            self.post.send_bytes(self.placement.seat_of(leader)[1:], Kind.BROADCAST, b"", rnd.index)
         for part, holders in parts:
-            self.post.send_tensors(sorted(holders), Kind.BROADCAST, part, rnd.index, behind=True)
+            if holders:
+                told = {leader: self._members(leader) for leader in holders}
+                self.post.send_tensors(sorted(holders), Kind.BROADCAST, part, rnd.index, behind=True, told=told)
         self.leaving = partial(self._all_left, self.post, first, sizes)
         return decoded
 
@@ -68,8 +71,11 @@ class Spread:
             if side is not None:
                 side.forget(peer)
 
+    def _members(self, leader: int) -> Sequence[int]:
+        """They wait on their own link until it is time to turn to their leader."""
+        return self.placement.seat_of(leader)[1:]
+
     def _all_left(self, post: Post, first: Mapping[int, int], sizes: Mapping[int, int]) -> None:
         """The broadcast has come to its end; whoever did not get it is not in the books."""
-        post.all_left()
-        gone = self.roll.gone if self.roll is not None else ()
-        self.ledger.down.update({client: sizes[client] for holder, client in first.items() if holder not in gone})
+        lost, self.leaving = post.all_left(), None
+        self.ledger.down.update({first[holder]: size for holder, size in sizes.items() if holder not in lost})

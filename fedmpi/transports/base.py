@@ -21,6 +21,7 @@ from fedmpi.transports.outgoing import Outgoing, Traffic, is_small
 from fedmpi.transports.together import Body, Together
 from fedmpi.transports.watchdog import Watchdog
 
+Failures = dict[int, LinkError]  # by peer
 GRACE_S = 3.0  # how long the others are given to take note of an abort
 
 
@@ -74,22 +75,29 @@ class Transport:
         self._deliver(peer, Outgoing(header, payload, self._chunk_bytes, note))
 
     def send_all(
-        self, peers: Collection[int], header: Header, payload: Payload | None = None, note: bytes = b""
-    ) -> Callable[[], dict[int, LinkError]]:
+        self,
+        peers: Collection[int],
+        header: Header,
+        payload: Payload | None = None,
+        note: bytes = b"",
+        behind: bool = False,
+        then: Callable[[int], Failures] | None = None,
+    ) -> Callable[[], Failures]:
         """Begin to send one message to several peers at once; a slow or lost one holds up nobody.
 
-        What is given back waits until all of it has left, and gives failures by peer. What comes behind it is sent after that.
+        What is given back waits until all of it has left, and gives failures; nothing else may be sent to these peers before that.
+        `behind` other work even one peer is served by a thread of its own; `then` follows for each peer that has got all.
         """
         message = Outgoing(header, payload, self._chunk_bytes, note)
-        if len(peers) == 1 or is_small(message.header):  # it fits into any peer's buffers: other threads would cost more
-            tried = {peer: self._try(peer, message) for peer in peers}
-            ends: Callable[[int], LinkError | None] = tried.__getitem__
+        if is_small(message.header) or (len(peers) == 1 and not behind):  # other threads would cost more than the wait
+            tried = [self._try(peer, message, then) for peer in peers]
+            ends: Callable[[], list[Failures]] = lambda: tried  # noqa: E731
         else:
-            sending = {peer: self._senders.submit(self._try, peer, message) for peer in peers}
-            ends = lambda peer: sending[peer].result()  # noqa: E731
+            sending = [self._senders.submit(self._try, peer, message, then) for peer in peers]
+            ends = lambda: [one.result() for one in sending]  # noqa: E731
 
-        def left() -> dict[int, LinkError]:
-            failed = {peer: error for peer in peers if (error := ends(peer)) is not None}
+        def left() -> Failures:
+            failed = {peer: error for failures in ends() for peer, error in failures.items()}
             self.check(header.kind.name)
             return failed
 
@@ -254,12 +262,12 @@ class Transport:
 
     # inside
 
-    def _try(self, peer: int, message: Outgoing) -> LinkError | None:
+    def _try(self, peer: int, message: Outgoing, then: Callable[[int], Failures] | None) -> Failures:
         try:
             self._deliver(peer, message)
         except LinkError as error:
-            return error
-        return None
+            return {peer: error}
+        return {} if then is None else then(peer)
 
     def _deliver(self, peer: int, message: Outgoing) -> None:
         phase = message.header.kind.name

@@ -10,6 +10,8 @@ from fedmpi.federation.post import Post
 from fedmpi.manifest import Packed, manifest_of
 from fedmpi.messages import Kind
 from fedmpi.transports import in_process
+from fedmpi.transports.base import Transport
+from fedmpi.transports.outgoing import Outgoing
 
 VALUES = {
     "a": torch.arange(6.0).view(2, 3),
@@ -98,3 +100,41 @@ def test_what_is_kept_outlives_the_message() -> None:
     thread.join()
     assert all(torch.equal(kept[number], values[number]["a"]) for number in range(3))
     assert client._inbox._in_use == 0
+
+
+def test_members_hear_once_their_own_leader_has_all_and_nobody_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmpi.transports.outgoing.SMALL_BYTES", 64)  # what is small goes at once
+    ranks, may_leave, order = in_process.open_all(4), threading.Event(), []
+    heard = {rank: threading.Event() for rank in (1, 2, 3)}
+    deliver = Transport._deliver
+
+    def late(self: Transport, peer: int, message: Outgoing) -> None:
+        if self.rank == 0 and peer == 1 and message.header.kind is Kind.BROADCAST:
+            assert may_leave.wait(20)
+        deliver(self, peer, message)
+
+    def receive(rank: Transport) -> None:
+        with rank, rank.turn:
+            post = Post(rank)
+            order.append((rank.rank, post.expect(0, Kind.BROADCAST, 0, "test").header.length))
+            heard[rank.rank].set()
+
+    monkeypatch.setattr(Transport, "_deliver", late)
+    threads = [threading.Thread(target=receive, args=(rank,)) for rank in ranks[1:]]
+    for thread in threads:
+        thread.start()
+    with ranks[0] as server, server.turn:
+        post = Post(server)
+        values = {"a": torch.zeros(64)}
+        post.send_tensors((1,), Kind.BROADCAST, values, 0, behind=True, told={1: (2,)})  # comes back though it cannot leave
+        post.send_bytes((3,), Kind.BROADCAST, b"", 0)  # another link: not behind it
+        with post.apart():
+            assert heard[3].wait(20)
+        assert order == [(3, 0)]
+        may_leave.set()
+        assert post.all_left() == set()
+        with post.apart():
+            assert heard[1].wait(20) and heard[2].wait(20)
+    for thread in threads:
+        thread.join()
+    assert sorted(order) == [(1, 256), (2, 0), (3, 0)]
