@@ -3,6 +3,7 @@
 FedmpiError
 |- ConfigError          an option, a recipe, a combination of both
 |- DataError            a corpus, a split, a template
+|- Unreachable          a hub that did not answer
 |- EvaluationError      what an evaluation needs while it runs: a service, a sandbox, a compiler
 |- ModelError           a backbone, a tokenizer, an adapter
 |- WorldError           launchers, ranks, placement
@@ -31,6 +32,10 @@ class ConfigError(FedmpiError):
 
 class DataError(FedmpiError):
     """A corpus, a split or a template cannot be used."""
+
+
+class Unreachable(FedmpiError):
+    """A hub did not give what is to be had there: the network, or the hub, failed."""
 
 
 class EvaluationError(FedmpiError):

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,14 +133,15 @@ def ask_all(target: Target, given: argparse.Namespace, device: str, transport: "
         shards.help_out(post, lambda chunk: answered(task, speaker(), chunk))
         return FINISHED
     found = None if given.again else result.finished()
-    if found is None:
-        with result.held():
-            if given.again:
-                result.discard()
+    with result.held() if found is None else nullcontext():
+        if given.again:
+            result.discard()
+        found = found or result.finished()  # another process may have made it before this one had the lock
+        if found is None:
             chunk = 1 if options.judge_url else given.batch_size * CHUNK  # ratings may cost money: few are asked for twice
             found = result.make(speaker(), chunk, post)
-    else:
-        list(shards.handed_out(post, [], lambda chunk: {}))
+        else:
+            list(shards.handed_out(post, [], lambda chunk: {}))
     show(found, result.path)
     return FINISHED
 

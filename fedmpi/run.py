@@ -110,13 +110,18 @@ class Program:
                 raise
 
     def _check(self) -> None:
-        """Refuse what this rank could not train."""
+        """Refuse what this rank could not train. A server beside its clients trains only to align an emulator."""
         from fedmpi import models
         from fedmpi.hosting.host import pick_device
 
-        device, model = pick_device(self.recipe.device, self.world.local_rank), self.recipe.model
-        dtype = str(models.dtype_of(model, device)).removeprefix("torch.")
-        training.check(self.recipe.train, model.quantization, device, dtype)
+        wanted, model = self.recipe, self.recipe.model
+        device = pick_device(wanted.device, self.world.local_rank)
+        aligns = any(recipe.scheme_of(name) is not None for name in (wanted.algorithm, *wanted.compare))
+        if self.world.rank == 0 and self.world.size > 1 and not aligns:
+            training.check(wanted.train, model.quantization)
+        else:
+            dtype = str(models.dtype_of(model, device)).removeprefix("torch.")
+            training.check(wanted.train, model.quantization, device, dtype)
 
     def _held(self, path: Path) -> AbstractContextManager[Any]:
         """The run folder, taken and locked by the server; another's is not even locked."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedmpi.data.records import Record, text
-from fedmpi.errors import ConfigError, DataError
+from fedmpi.errors import ConfigError, DataError, Unreachable
 
 FIELD_LIMIT = 1 << 30  # characters of one CSV field; Python's own limit is too small for programs as text
 
@@ -57,7 +57,7 @@ def from_hub(name: str, subset: str | None, split: str, tell: Callable[[bytes], 
             found = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # noqa: BLE001  (datasets lets through what http clients, file systems and formats raise)
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{name} cannot be had from the hub ({type(error).__name__}: {reason}): give data.path") from None
+        raise Unreachable(f"{name} cannot be had from the hub ({type(error).__name__}: {reason}): give data.path") from None
     for number, values in enumerate(found, start=1):
         tell(json.dumps(values, sort_keys=True, default=str).encode() + b"\n")
         yield Record(dict(values), f"{name} {split} record {number}")

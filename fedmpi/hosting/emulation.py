@@ -118,9 +118,11 @@ def on_server(
 ) -> tuple[Emulation, Original]:
     """Make the emulator, or open the one that a former start of this run has made; the original model stays here."""
     config = scheme.resolve(wanted.offsite)
-    tokenizer, model = models.load_tokenizer(wanted.model), models.load_model(wanted.model, device)
     own = folder / FOLDER
     there = own if (own / ABOUT).exists() else config.emulator and Path(config.emulator).expanduser()
+    if not there and halt():
+        raise Stopped("before the emulator was made")
+    tokenizer, model = models.load_tokenizer(wanted.model), models.load_model(wanted.model, device)
     examples = cache(lambda: public_rows.examples(wanted, config, tokenizer, parties))
     if there:
         emulator = reopen(there, model, config)

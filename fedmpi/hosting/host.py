@@ -4,6 +4,7 @@ Rows are tokenised on first use, so that a rank pays for (and sees) only what it
 """
 
 import platform
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -252,6 +253,8 @@ def pick_device(asked: str, local_rank: int) -> str:
     """cpu, or one of the GPUs that this rank shares with as few others as possible."""
     if asked == "cpu":
         return asked
+    if not re.fullmatch(r"auto|cuda(:\d+)?", asked):
+        raise ConfigError(f"device {asked!r}: allowed are auto, cpu, cuda, or one of several as in cuda:1")
     import torch
 
     found = torch.cuda.device_count()

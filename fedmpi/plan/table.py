@@ -14,7 +14,9 @@ def show(plan: Plan) -> None:
     console = Console(width=120, force_terminal=False)
     print(f"{plan.algorithm}, {plan.method} on {plan.model}: {plan.original_parameters:,} parameters in {plan.dtype}")
     for title, message in _messages(plan):
-        table = Table("name", "shape", "bytes", title=f"{title}: {_bytes(sum(t.bytes for t in message))} in {len(message)} tensors")
+        table = Table(
+            "name", "shape", "bytes", title=f"{title}: {_bytes(sum(t.bytes for t in message))} in {_tensors(len(message))}"
+        )
         for tensor in _shortened(message):
             table.add_row(tensor.name, " x ".join(map(str, tensor.shape)), f"{tensor.bytes:,}" if tensor.bytes else "")
         console.print(table)
@@ -89,6 +91,10 @@ def _lines(plan: Plan) -> list[str]:
 
 def _bytes(num: int) -> str:
     return f"{num / 1e6:.2f} MB ({num:,} bytes)"
+
+
+def _tensors(num: int) -> str:
+    return "1 tensor" if num == 1 else f"{num} tensors"
 
 
 def _giga(num: int | None) -> str:

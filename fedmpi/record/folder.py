@@ -165,9 +165,8 @@ def hold(file: Path, what: str, who: str, option: str) -> IO[str]:
     except OSError as error:
         print(f"fedmpi: {what} cannot be locked on this file system ({error}): start no second {who} there", flush=True)
     with suppress(OSError):  # on a full disk nobody reads who it is
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())  # nothing is left for close to flush
     return lock
 
 

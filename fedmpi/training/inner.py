@@ -75,11 +75,13 @@ class InnerWorld:
         return first.decode()
 
     def _wait_for(self, ended: list[str]) -> None:
+        # NCCL does not see that a member left: who waits for it inside a collective needs that timeout to give up, and then comes.
+        timeout_s = self.timeout_s if self.device == "cpu" else 2 * self.timeout_s
         try:
-            self._board.wait(ended, timedelta(seconds=self.timeout_s))
+            self._board.wait(ended, timedelta(seconds=timeout_s))
         except RuntimeError as error:
             silent = [member for member, key in enumerate(ended) if not self._board.check([key])]
-            raise PeerLost(f"{self}: members {silent} did not end their turn within {self.timeout_s} s of this one") from error
+            raise PeerLost(f"{self}: members {silent} did not end their turn within {timeout_s} s of this one") from error
 
     def rebuild(self, generation: int) -> None:
         """Leave what is broken and meet the other members again; all of them must ask for the same, new generation."""
@@ -169,13 +171,12 @@ def _connect(world: InnerWorld) -> None:
             store=store,
             rank=world.rank,
             world_size=world.size,
-            # NCCL does not see that a member left: who waits for it must give up before the others give up on the turn.
-            timeout=timeout if world.device == "cpu" else timeout / 2,
+            timeout=timeout,
         )
         world._turns, world._board = 0, board
     except RuntimeError as error:
         where = f"could not meet the others at {world.address} within {world.timeout_s} s"
-        raise WorldError(f"{world} {where}: {_first_line(error)}") from error
+        raise PeerLost(f"{world} {where}: {_first_line(error)}") from error
 
 
 def _require_own_gpus(world: InnerWorld, board: Any) -> None:

@@ -59,8 +59,8 @@ def settings(config: Config, num_ranks: int) -> dict[str, Any]:
     }
 
 
-def check(config: Config, quantization: str = "none", device: str = "cpu", dtype: str | None = None) -> None:
-    """Refuse at once what would fail in every turn, on a base in these numbers (None: not known) and on this device."""
+def check(config: Config, quantization: str = "none", device: str | None = None, dtype: str | None = None) -> None:
+    """Refuse at once what would fail in every turn, on this device and a base in these numbers (None: not known)."""
     if config.precision == "half" and dtype not in (None, "float16", "bfloat16"):
         raise ConfigError(f"train.precision half trains in the base's own type, here {dtype}: give model.dtype float16 or bfloat16")
     if config.optimizer.startswith("paged") and device == "cpu":

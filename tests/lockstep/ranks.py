@@ -57,7 +57,7 @@ def run(wanted: Recipe, folder: Path, size: int = 1, stop_rank: int | None = Non
     `stop_rank` is told to stop at turn `stop_turn`."""
     wanted = replace(wanted, run_dir=str(folder))
     if size == 1:
-        return [_program(wanted, 0, 1, None).run()]
+        return [program(wanted, 0, 1).run()]
     results: list[Any] = [None] * size
     transports = in_process.open_all(size, timeout_s=wanted.timeout_s)
     Stops.left = stop_turn
@@ -68,9 +68,9 @@ def run(wanted: Recipe, folder: Path, size: int = 1, stop_rank: int | None = Non
         HERE.transport = transports[number]
         try:
             with transports[number] as transport, transport.turn:
-                program = _program(wanted, number, size, Post(transport))
-                program.stop.share(transport.want_stop, transport.stop_wanted)
-                results[number] = program.run()
+                own = program(wanted, number, size, Post(transport))
+                own.stop.share(transport.want_stop, transport.stop_wanted)
+                results[number] = own.run()
         except BaseException as error:  # noqa: BLE001 - a test looks at it
             results[number] = error
 
@@ -82,7 +82,8 @@ def run(wanted: Recipe, folder: Path, size: int = 1, stop_rank: int | None = Non
     return results
 
 
-def _program(wanted: Recipe, rank: int, size: int, post: Post | None) -> Program:
+def program(wanted: Recipe, rank: int, size: int, post: Post | None = None) -> Program:
+    """One rank's program, not yet run."""
     world = World(launcher="none", rank=rank, size=size, local_rank=rank, local_size=size, transport="in_process")
     return Program(wanted, recipes.algorithm(wanted.algorithm).Config(), world, Stop(), post)
 

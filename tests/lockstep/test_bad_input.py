@@ -1,7 +1,9 @@
 """Bad input: one clear line that says what was found and what to do, an exit code above 0, nothing overwritten."""
 
 import os
+import resource
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from fedmpi import run
 from fedmpi.command import guarded
-from fedmpi.errors import Aborted, CheckpointError, ended
+from fedmpi.errors import Aborted, CheckpointError, ConfigError, ended
 from fedmpi.models import adapters
 from fedmpi.record import checkpoint
 from fedmpi.record.folder import RunFolder
@@ -195,6 +197,26 @@ def test_a_folder_in_use(said, tmp_path: Path) -> None:
     with RunFolder(tmp_path / "run", "other", 2).lock():
         code, line = said()
     assert code == 2 and f"in use by another run (process {os.getpid()} on " in line
+
+
+def test_a_lock_on_a_full_disk_is_held_without_a_name(tmp_path: Path) -> None:
+    room = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, room[1]))
+    try:
+        with RunFolder(tmp_path, "mine", 2).lock(), pytest.raises(ConfigError, match="in use by another run: wait"):
+            RunFolder(tmp_path, "other", 2).lock()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, room)
+
+
+@pytest.mark.parametrize("arguments", [("--train.precision=half",), ("--train.optimizer=paged_adamw",)])
+def test_a_server_beside_its_clients_is_no_place_to_train(settings: list[str], arguments: tuple[str, ...]) -> None:
+    """What the clients' machines can do, it need not; where it aligns an emulator, it must."""
+    wanted = ranks.recipe(*settings, *arguments)
+    ranks.program(wanted, 0, 2)._check()
+    for other, rank, size in ((wanted, 1, 2), (wanted, 0, 1), (replace(wanted, compare=("fedbiot",)), 0, 2)):
+        with pytest.raises(ConfigError, match=arguments[0][2:].replace("=", " ")):
+            ranks.program(other, rank, size)._check()
 
 
 def test_two_launchers_at_once(said) -> None:

@@ -107,8 +107,12 @@ def test_a_stopped_run_goes_on_from_the_emulator_that_is_there(
 def test_a_signal_in_the_long_alignment_before_the_rounds_is_heeded_at_once(
     wanted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: int
 ) -> None:
-    """Told at the third of a thousand steps."""
+    """Told before the first, and at the third of a thousand steps."""
     given, told, seen = wanted("fedbiot"), threading.Event(), []
+    with monkeypatch.context() as patched:
+        patched.setattr(Stop, "over", lambda self: True)
+        assert run(given, tmp_path / "run", size) == [75] * size
+        assert "stopped before the emulator was made" in capsys.readouterr().out
     with monkeypatch.context() as patched:
         patched.setattr(Stop, "wanted", lambda self: told.is_set())
         patched.setattr(Gap, "__call__", counting(Gap.__call__, seen, told.set))

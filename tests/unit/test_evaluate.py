@@ -114,8 +114,8 @@ def test_a_damaged_line_is_named_and_without_its_file_all_is_asked_anew(damage, 
         result.finished()
 
 
-def test_a_second_evaluation_of_the_same_is_refused_until_the_first_is_gone(run_dir, tmp_path, capsys):
-    """However the first one ends: its process is killed."""
+def test_a_second_evaluation_of_the_same_is_refused_until_the_first_is_gone(run_dir, tmp_path, capsys, monkeypatch):
+    """However the first one ends: its process is killed. What another ends before the lock is got is not asked again."""
     code = f"""
 import pathlib, fedmpi.result
 lock = fedmpi.result.Result(pathlib.Path({str(tmp_path)!r}), "perplexity", {{}}, None).held()
@@ -131,6 +131,11 @@ print(input("held\\n"))"""
     first.wait()
     first.stdin.close(), first.stdout.close()
     assert evaluate.main(again) == 0
+    path, held = tmp_path / "perplexity.json", Result.held
+    made = path.read_bytes()
+    path.unlink()
+    monkeypatch.setattr(Result, "held", lambda result: [path.write_bytes(made), held(result)][1])
+    assert evaluate.main(again) == 0 and path.read_bytes() == made
 
 
 def test_what_was_asked_in_other_batches_is_asked_again(tmp_path, capsys):

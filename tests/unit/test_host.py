@@ -37,6 +37,9 @@ def test_ranks_share_the_gpus_that_there_are(monkeypatch):
     assert taken == ["cuda:1", "cuda:1", "cuda:0"], "what is not told a device takes the current one"
     with pytest.raises(ConfigError, match="device 'cuda:2': torch finds 2 GPUs here"):
         pick_device("cuda:2", 0)
+    for asked in ("cuda:x", "cuda:-1", "tpu"):
+        with pytest.raises(ConfigError, match=f"device '{asked}': allowed are auto, cpu, cuda"):
+            pick_device(asked, 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert pick_device("auto", 3) == "cpu"
     with pytest.raises(ConfigError, match="no GPU here"):
