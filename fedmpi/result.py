@@ -145,7 +145,8 @@ def show(result: Mapping[str, Any], path: Path) -> None:
     interval = result.get("interval") or {}
     between = f" ({interval['low']:.4f} to {interval['high']:.4f}, {interval['method']})" if interval.get("low") is not None else ""
     score = result.get("score")
-    print(f"{result['task']}: {'no score' if score is None else f'{score:.4f}'}{between}")
+    what = ", loss" if score is not None and score == result.get("loss") else ""  # which no one is to take for a perplexity
+    print(f"{result['task']}{what}: {'no score' if score is None else f'{score:.4f}'}{between}")
     for key, value in result.items():
         if isinstance(value, int | float) and key not in ("score", "seconds", "model_seconds", "asked_now", "ranks", "threads"):
             print(f"  {key}: {value:.4f}" if isinstance(value, float) else f"  {key}: {value}")

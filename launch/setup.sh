@@ -60,6 +60,6 @@ pip_install() {
 cpu_only_index() {
   if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then return; fi
   "$python" -c "import urllib.request; urllib.request.urlopen('$cpu_wheels/torch/', timeout=5)" 2>/dev/null &&
-    echo "--extra-index-url $cpu_wheels"
-  return 0
+    echo "--extra-index-url $cpu_wheels" ||
+    echo "  $cpu_wheels cannot be reached: pip's index decides which build it is; one with CUDA takes 5 GB" >&2
 }

@@ -219,7 +219,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("metrics.jsonl", '{"round": 0}\n{\n{"round": 1}\n', "metrics.jsonl, line 2"),
         ("metrics.jsonl", '{"round": 0}\n{"loss": 1}\n', "metrics.jsonl, line 2"),
         ("metrics.jsonl", "[]\n", "metrics.jsonl, line 1"),
-        ("metrics.jsonl", b"\xff\n", "cannot be read"),
+        ("metrics.jsonl", b"\xff\n", "line 1: not JSON"),
         ("config.yaml", "a: [", "config.yaml is not YAML"),
         ("config.yaml", "", "config.yaml holds no settings"),
         ("record.json", None, "holds no fedmpi run"),
