@@ -221,10 +221,9 @@ class Post:
         if any(reached & busy for busy, _ in self._leaving):
             self.all_left()
         word = Header(header.kind, header.round, header.client)
+        tell = (lambda peer: self.transport.send_all(told.get(peer, ()), word)()) if any(told.values()) else None
         with self.apart():
-            left = self.transport.send_all(
-                peers, header, payload, note, behind, lambda peer: self.transport.send_all(told.get(peer, ()), word)()
-            )
+            left = self.transport.send_all(peers, header, payload, note, behind, tell)
         if behind:
             self._leaving.append((reached, left))
         else:
